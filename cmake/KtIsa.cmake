@@ -1,0 +1,23 @@
+# kt_add_isa(<name> [FLAGS ...])
+# Compiles native/isa/<name>.cpp with its own flags into its own object library. Where the compiler lacks
+# a flag the instruction set is left out of the build, with a message.
+include(CheckCXXCompilerFlag)
+
+function(kt_add_isa name)
+  cmake_parse_arguments(arg "" "" "FLAGS" ${ARGN})
+  foreach(flag IN LISTS arg_FLAGS)
+    string(MAKE_C_IDENTIFIER "KT_HAS${flag}" has)
+    check_cxx_compiler_flag(${flag} ${has})
+    if(NOT ${has})
+      message(WARNING "ktcompile: this compiler has no ${flag}; leaving the ${name} kernels out")
+      return()
+    endif()
+  endforeach()
+  add_library(kt_isa_${name} OBJECT isa/${name}.cpp)
+  target_link_libraries(kt_isa_${name} PRIVATE kt_options)
+  target_compile_options(kt_isa_${name} PRIVATE ${arg_FLAGS})
+  target_compile_definitions(kt_isa_${name} PRIVATE KT_ISA_NAME=${name})
+  target_link_libraries(kt_core INTERFACE kt_isa_${name} $<TARGET_OBJECTS:kt_isa_${name}>)
+  string(TOUPPER ${name} upper)
+  target_compile_definitions(kt_core_objects PRIVATE KT_WITH_${upper}=1)
+endfunction()

@@ -1,0 +1,5 @@
+#include <immintrin.h>
+
+#include "begin.inl"
+#include "vec_avx2.h"
+#include "kernels.inl"

@@ -1,0 +1,3 @@
+#include "begin.inl"
+#include "vec_scalar.h"
+#include "kernels.inl"

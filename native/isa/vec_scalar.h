@@ -1,0 +1,52 @@
+// One lane: the definition of what the vector kernels compute, on any CPU. Not made for speed.
+struct vec {
+  static constexpr int lanes = 1;
+  static constexpr int max_rows = 4;
+  static constexpr int tile_vectors(int) { return 4; }
+
+  using f32 = float;
+  using i32 = std::int32_t;
+
+  static f32 zero() { return 0.0f; }
+  static f32 set1(float x) { return x; }
+  static f32 load(const float* p) { return *p; }
+  static void store(float* p, f32 x) { *p = x; }
+  static f32 load_f16(const void* p) { return f16_to_f32(bits16(p)); }
+  static f32 load_bf16(const void* p) { return bf16_even(p); }
+  static f32 bf16_even(const void* p) { return as_f32(static_cast<std::uint32_t>(bits16(p)) << 16); }
+  static f32 bf16_odd(const void* p) { return bf16_even(static_cast<const char*>(p) + 2); }
+  static void store_f16(void* p, f32 x) { put16(p, f32_to_f16(x)); }
+  static void store_bf16(void* p, f32 x) { put16(p, as_u32(round_bf16(x)) >> 16); }
+
+  static f32 fma(f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); }
+  static f32 add(f32 a, f32 b) { return a + b; }
+  static f32 sub(f32 a, f32 b) { return a - b; }
+  static f32 mul(f32 a, f32 b) { return a * b; }
+  static f32 div(f32 a, f32 b) { return a / b; }
+  // As on x86: the second operand where one is NaN.
+  static f32 min(f32 a, f32 b) { return a < b ? a : b; }
+  static f32 max(f32 a, f32 b) { return a > b ? a : b; }
+  static f32 abs(f32 a) { return as_f32(as_u32(a) & 0x7fffffffu); }
+  static f32 select_negative(f32 sign, f32 negative, f32 other) { return as_u32(sign) >> 31 ? negative : other; }
+  // a * 2^n for an integral n in [-126, 127]
+  static f32 round(f32 a) { return __builtin_nearbyintf(a); }
+  static f32 exp2_integral(f32 n) {
+    return n == n ? as_f32(static_cast<std::uint32_t>(static_cast<std::int32_t>(n) + 127) << 23) : n;
+  }
+  static f32 round_bf16(f32 x) {
+    const std::uint32_t u = as_u32(x);
+    if (x != x) return as_f32((u | 0x00400000u) & 0xffff0000u);
+    return as_f32((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u);
+  }
+
+ private:
+  static std::uint16_t bits16(const void* p) {
+    std::uint16_t h;
+    __builtin_memcpy(&h, p, 2);
+    return h;
+  }
+  static void put16(void* p, std::uint32_t bits) {
+    const std::uint16_t h = static_cast<std::uint16_t>(bits);
+    __builtin_memcpy(p, &h, 2);
+  }
+};

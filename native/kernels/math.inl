@@ -1,0 +1,45 @@
+// Elementary functions on `vec`, the same operations in the same order on every instruction set.
+
+inline vec::f32 constant(float x) { return vec::set1(x); }
+
+// c[0] + c[1] x + ... by Horner's rule
+template <int N>
+inline vec::f32 polynomial(vec::f32 x, const float (&c)[N]) {
+  vec::f32 p = constant(c[N - 1]);
+  KT_UNROLL for (int i = N - 2; i >= 0; --i) p = vec::fma(p, x, constant(c[i]));
+  return p;
+}
+
+// e^x to 2 ulp. Below -87.3 and above 88.3 x is clamped, so that the result stays normal.
+inline vec::f32 exp(vec::f32 x) {
+  x = vec::max(constant(-87.3f), vec::min(constant(88.3f), x));  // NaN passes: it is the second operand
+  const vec::f32 n = vec::round(vec::mul(x, constant(0x1.715476p+0f)));
+  vec::f32 r = vec::fma(n, constant(-0x1.62e400p-1f), x);  // ln 2 in two parts
+  r = vec::fma(n, constant(-0x1.7f7d1cp-20f), r);
+  constexpr float c[] = {0x1p-1f, 0x1.5554dcp-3f, 0x1.5554eap-5f, 0x1.120b66p-7f, 0x1.6d4312p-10f};
+  const vec::f32 p = vec::fma(vec::mul(r, r), polynomial(r, c), r);
+  return vec::mul(vec::add(p, constant(1.0f)), vec::exp2_integral(n));
+}
+
+// x * sigmoid(s)
+inline vec::f32 times_sigmoid(vec::f32 x, vec::f32 s) {
+  return vec::div(x, vec::add(constant(1.0f), exp(vec::sub(vec::zero(), s))));
+}
+
+inline vec::f32 gelu_tanh(vec::f32 x) {  // 1 + tanh(u) = 2 sigmoid(2u)
+  const vec::f32 cubic = vec::fma(vec::mul(x, x), constant(0.044715f), constant(1.0f));
+  return times_sigmoid(x, vec::mul(vec::mul(x, cubic), constant(1.5957691216057308f)));
+}
+
+inline vec::f32 gelu_erf(vec::f32 x) {
+  // erfc(z) = e^(-z^2) P(t), t = 1 / (1 + z/2), z >= 0; a least-squares fit, relative error 2.5e-7
+  constexpr float c[] = {1.31065553e-05f, 0.28172943f, 0.286536247f, 0.215788916f, 0.314592481f, -0.326097161f,
+                         0.809521079f, -1.1065644f, 0.739632368f, -0.249991477f, 0.0348394252f};
+  const vec::f32 z = vec::mul(vec::abs(x), constant(0.70710678118654752f));
+  const vec::f32 square = vec::mul(z, z), rest = vec::fma(z, z, vec::sub(vec::zero(), square));
+  const vec::f32 t = vec::div(constant(1.0f), vec::fma(z, constant(0.5f), constant(1.0f)));
+  const vec::f32 gauss = exp(vec::sub(vec::zero(), square));
+  const vec::f32 erfc = vec::mul(vec::fma(gauss, vec::sub(vec::zero(), rest), gauss), polynomial(t, c));
+  const vec::f32 half = vec::mul(x, constant(0.5f));
+  return vec::select_negative(x, vec::mul(half, erfc), vec::mul(half, vec::sub(constant(2.0f), erfc)));
+}

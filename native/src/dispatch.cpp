@@ -1,0 +1,61 @@
+#include <kt/isa.h>
+
+#include <chrono>
+
+namespace kt {
+
+#define KT_ISA(name, features)          \
+  namespace name {                      \
+  extern const kernel_table kernels;    \
+  }
+#include <kt/isa.inc>
+#undef KT_ISA
+
+const std::vector<isa>& all_isas() {
+  static const std::vector<isa> isas = {
+#define KT_ISA(name, features) {#name, features, &name::kernels},
+#include <kt/isa.inc>
+#undef KT_ISA
+  };
+  return isas;
+}
+
+const isa* find_isa(const std::string& name) {
+  for (const isa& i : all_isas())
+    if (i.name == name) return &i;
+  return nullptr;
+}
+
+bool runs_on(const isa& i, feature_set features) { return (i.required & features) == i.required; }
+
+namespace {
+
+// Flops per second of one thread, the best of a few short runs.
+double speed(const isa& i) {
+  using clock = std::chrono::steady_clock;
+  constexpr std::size_t rounds = 8000;
+  double best = 0;
+  for (int run = 0; run < 6; ++run) {  // the first ones wake the wide units up
+    const auto begin = clock::now();
+    const double flops = i.kernels->arithmetic(rounds);
+    const double rate = flops / std::chrono::duration<double>(clock::now() - begin).count();
+    if (rate > best) best = rate;
+  }
+  return best;
+}
+
+}  // namespace
+
+const isa& select_isa(feature_set features) {
+  const isa* best = nullptr;
+  for (const isa& i : all_isas()) {
+    if (!runs_on(i, features)) continue;
+    // Some CPUs run VDPBF16PS at a quarter of the rate of the fused multiply-adds that it replaces two of.
+    if (best && best->kernels->rows_in_bf16) return speed(*best) >= speed(i) ? *best : i;
+    if (!best) best = &i;
+    if (!best->kernels->rows_in_bf16) break;
+  }
+  return *best;
+}
+
+}  // namespace kt
