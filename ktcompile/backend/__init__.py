@@ -1,0 +1,59 @@
+"""The `torch.compile` backend "kt"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from ktcompile.config import CompileOptions
+from ktcompile.graph import report
+from ktcompile.graph.pipeline import run_passes
+from ktcompile.passes import passes_for
+from ktcompile.runtime.executable import InnerCompiler, build
+
+
+def kt(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph: its MoE layers run on ktcompile's kernels, the rest on Inductor.
+
+    mode: a mode of Inductor, for the rest. options: the fields of `ktcompile.config.CompileOptions`.
+    ValueError: an option is unknown or cannot be used on this machine.
+    """
+    settings = CompileOptions.from_mapping(options)
+    result = report.CompileReport(inner=settings.inner)
+    gm = run_passes(_copy(gm), example_inputs, passes_for(settings), result, settings.dump_graphs)
+    compiled = build(gm, example_inputs, settings.weights == "take", _inner(settings.inner, mode))
+    report.record(result)
+    return compiled
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo reads the placeholders of its own graph again after the backend has returned."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    return copy
+
+
+def _inner(name: str, mode: str | None) -> InnerCompiler:
+    if name == "eager":
+        return lambda gm, example_inputs: gm.forward
+
+    def inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Callable[..., Any] = compile_fx(
+            gm, example_inputs, config_patches=list_mode_options(mode) if mode else None
+        )
+        return compiled
+
+    return inductor

@@ -1,0 +1,64 @@
+"""Configuration records: frozen, and valid once they exist."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ktcompile import env
+from ktcompile.machine import check_isa, machine
+from ktcompile.quant import FORMATS
+
+WEIGHTS = ("copy", "take")
+INNER = ("inductor", "eager")
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """Options of `torch.compile(model, backend="kt", options={...})`.
+
+    weight_format: "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
+    weights: "copy" leaves the model as it is; "take" frees the experts' source storage after packing.
+    inner: who runs the rest of the graph, "inductor" or "eager".
+    isa: instruction set of the kernels; None: the best of this machine.
+    disable_passes: names of passes to leave out.
+    dump_graphs: directory for the graph before and after each pass; None: none are written.
+    """
+
+    weight_format: str = "auto"
+    weights: str = "copy"
+    inner: str = "inductor"
+    isa: str | None = None
+    disable_passes: tuple[str, ...] = ()
+    dump_graphs: Path | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("weight_format", self.weight_format, ("auto", *FORMATS))
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("inner", self.inner, INNER)
+        if self.isa is not None:
+            check_isa(self.isa, machine().isas)
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any] | None) -> CompileOptions:
+        """Return the options of a `torch.compile` call; what they leave out comes from the environment."""
+        given = dict(options or {})
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"option {name!r} of backend 'kt' is unknown{hint} Known: {', '.join(known)}")
+        given.setdefault("dump_graphs", env.read().dump_graphs)
+        if isinstance(given["dump_graphs"], str):
+            given["dump_graphs"] = Path(given["dump_graphs"])
+        given["disable_passes"] = tuple(given.get("disable_passes", ()))
+        return cls(**given)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

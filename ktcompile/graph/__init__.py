@@ -1,0 +1,1 @@
+"""Facts about FX graphs, and the pipeline that runs passes over them."""

@@ -1,0 +1,17 @@
+"""The record by which a pass asks the executable for packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ktcompile.ops.spec import ExpertsSpec
+
+PACKED = "kt_packed"  # key in a placeholder's meta
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInput:
+    """positions: of gate_up_proj, down_proj, gate_up_bias, down_bias among the graph's original inputs."""
+
+    positions: tuple[int | None, ...]
+    spec: ExpertsSpec

@@ -1,0 +1,1 @@
+"""Models: what transformers is told about ktcompile, and the model that ships with it."""

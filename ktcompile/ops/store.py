@@ -1,0 +1,116 @@
+"""Packed experts by the tensors that they were packed from: each set of weights is packed once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ktcompile import _native
+from ktcompile.ops.experts import PackedExperts
+from ktcompile.ops.spec import ExpertsSpec
+from ktcompile.quant import native_dtype
+
+Key = tuple[object, ...]
+
+
+@dataclass(slots=True)
+class _Entry:
+    packed: PackedExperts
+    versions: tuple[int, ...]
+    storages: tuple[StorageWeakRef, ...]
+    taken: bool = False
+
+
+class ExpertStore:
+    """Finds the packed form of weights, packing them when they are new or were written to since.
+
+    A tensor is known by its storage and by where in it the tensor begins, so that a detached tensor or the
+    tensor that a compiled graph receives is the same as the module's parameter.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, _Entry] = {}
+        self._lock = threading.RLock()
+
+    def get(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
+        """Return the packed form of (gate_up_proj, down_proj, gate_up_bias, down_bias)."""
+        key = _key(weights, spec)
+        entry = self._entries.get(key)
+        if entry is not None and entry.versions == _versions(weights):
+            if not any(s.expired() for s in entry.storages):
+                return entry.packed
+        with self._lock:
+            return self._pack(key, weights, spec).packed
+
+    def take(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
+        """Pack the weights and free their storage. The tensors then read as NaN, of the same shape and strides;
+        writing to them, as load_state_dict does, is allowed and makes the next `get` pack what was written."""
+        with self._lock:
+            packed = self.get(weights, spec)
+            if self.is_taken(weights, spec):
+                return packed
+            del self._entries[_key(weights, spec)]
+            for weight in weights[:2]:
+                assert weight is not None
+                weight.data = _nan_like(weight)
+            entry = _Entry(packed, _versions(weights), _storages(weights), taken=True)
+            self._entries[_key(weights, spec)] = entry
+            self._forget_with(weights, _key(weights, spec))
+            return packed
+
+    def is_taken(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> bool:
+        """Return whether the weights exist only packed."""
+        entry = self._entries.get(_key(weights, spec))
+        return entry is not None and entry.taken and entry.versions == _versions(weights)
+
+    def _pack(self, key: Key, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> _Entry:
+        gate_up, down, gate_up_bias, down_bias = weights
+        assert gate_up is not None and down is not None
+        for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
+            del self._entries[stale]
+        packed = PackedExperts(gate_up, down, gate_up_bias, down_bias, spec)
+        entry = _Entry(packed, _versions(weights), _storages(weights))
+        self._entries[key] = entry
+        self._forget_with(weights, key)
+        return entry
+
+    def _forget_with(self, weights: Sequence[torch.Tensor | None], key: Key) -> None:
+        """Drop the packed form once the parameter that it came from is gone."""
+        if isinstance(weights[0], torch.nn.Parameter):
+            weakref.finalize(weights[0], self._entries.pop, key, None)
+
+
+def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of NaN with the shape and strides of `tensor`, which takes no memory."""
+    length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    size = length * tensor.element_size()
+    address = _native.map_nan(size, native_dtype(tensor.dtype, "the weight"))
+    memory = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(memory, _native.unmap_nan, address, size)
+    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def _key(weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> Key:
+    places = tuple((w.untyped_storage()._cdata, w.storage_offset()) for w in weights if w is not None)
+    return (*places, spec)
+
+
+def _versions(weights: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if w.is_inference() else w._version for w in weights if w is not None)
+
+
+def _storages(weights: Sequence[torch.Tensor | None]) -> tuple[StorageWeakRef, ...]:
+    return tuple(StorageWeakRef(w.untyped_storage()) for w in weights if w is not None)
+
+
+@functools.cache
+def expert_store() -> ExpertStore:
+    """Return the store of this process."""
+    return ExpertStore()

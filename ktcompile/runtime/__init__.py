@@ -1,0 +1,1 @@
+"""What runs: executables, and the weights that they use."""

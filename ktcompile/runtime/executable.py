@@ -1,0 +1,64 @@
+"""Binds a rewritten graph to packed weights, and calls it with the arguments of the original graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ktcompile.graph.packed import PACKED, PackedInput
+from ktcompile.ops.store import ExpertStore, expert_store
+from ktcompile.runtime.take import take_weights
+
+InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+class Executable:
+    """Calls a compiled graph. Arguments that only served to pack weights stay outside of it."""
+
+    def __init__(
+        self, inner: Callable[..., Any], kept: Sequence[int], packed: Sequence[PackedInput], store: ExpertStore
+    ) -> None:
+        self._inner = inner
+        self._kept = tuple(kept)
+        self._packed = tuple(packed)
+        self._store = store
+
+    def __call__(self, *args: Any) -> Any:
+        handles = [self._store.get(_weights(args, p), p.spec).handle for p in self._packed]
+        return self._inner(*[args[i] for i in self._kept], *handles)
+
+
+def build(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], take: bool, compile_inner: InnerCompiler
+) -> Callable[..., Any]:
+    """Return `gm` compiled by `compile_inner`, to be called with the inputs of the original graph.
+
+    take: free the weights' source storage after packing.
+    """
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
+    if not packed:
+        return compile_inner(gm, list(example_inputs))
+    store = expert_store()
+    handles = []
+    for p in packed:
+        weights = _weights(example_inputs, p)
+        experts = take_weights(store, weights, p.spec) if take else store.get(weights, p.spec)
+        handles.append(experts.handle)
+    replaced = {i for p in packed for i in p.positions if i is not None}
+    kept = []
+    for i, node in enumerate(placeholders[: len(example_inputs)]):
+        if i in replaced and not node.users:
+            gm.graph.erase_node(node)
+        else:
+            kept.append(i)
+    gm.recompile()
+    inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *handles])
+    return Executable(inner, kept, packed, store)
+
+
+def _weights(args: Sequence[Any], packed: PackedInput) -> list[torch.Tensor | None]:
+    return [None if i is None else args[i] for i in packed.positions]

@@ -1,0 +1,29 @@
+"""The passes, in the order in which they run, and why in that order.
+
+1. fuse_moe: what was traced in an experts module becomes one `kt::experts`. First, while Dynamo's record of
+   modules still stands.
+2. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
+   packed weights, which the executable supplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ktcompile.config import CompileOptions
+from ktcompile.graph.pipeline import Pass
+from ktcompile.passes.fuse_moe import fuse_moe
+from ktcompile.passes.pack_moe import pack_moe
+
+
+def passes_for(options: CompileOptions) -> Sequence[Pass]:
+    """Return the passes to run. ValueError: `options` disables one that does not exist."""
+    every = (
+        Pass("fuse_moe", fuse_moe, exact=False),
+        Pass("pack_moe", pack_moe(options), exact=True),
+    )
+    names = [p.name for p in every]
+    for name in options.disable_passes:
+        if name not in names:
+            raise ValueError(f"disable_passes has {name!r}, which is no pass; there are {', '.join(names)}")
+    return [p for p in every if p.name not in options.disable_passes]
