@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ktcompile.config import CompileOptions
-from ktcompile.graph.pipeline import Pass
 from ktcompile.passes.fuse_moe import fuse_moe
 from ktcompile.passes.pack_moe import pack_moe
+
+from ktcompile.config import CompileOptions
+from ktcompile.graph.pipeline import Pass
 
 
 def passes_for(options: CompileOptions) -> Sequence[Pass]:

@@ -34,9 +34,9 @@ def fuse_moe(gm: fx.GraphModule, example_inputs: Sequence[object], report: Compi
 
 def _why_not_now(example_inputs: Sequence[object]) -> str | None:
     """The backward of a fused layer is missing, so a graph that needs gradients keeps the stock layers."""
-    if torch.is_grad_enabled():
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
-            return "gradients are enabled; the fused experts only run forward, under torch.no_grad()"
+    differentiable = any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    if torch.is_grad_enabled() and differentiable:
+        return "gradients are enabled; the fused experts only run forward, under torch.no_grad()"
     return None
 
 

@@ -34,9 +34,7 @@ def pack_moe(
             weights = (gate_up, down, gate_up_bias, down_bias)
             if any(w is not None and w not in placeholders for w in weights):
                 continue
-            spec = replace(
-                ExpertsSpec.decode(spec), weight_format=options.weight_format, isa=options.isa
-            )
+            spec = replace(ExpertsSpec.decode(spec), weight_format=options.weight_format, isa=options.isa)
             positions = tuple(None if w is None else placeholders.index(w) for w in weights)
             handle = _add_placeholder(gm, f"packed_experts_{packed}", PackedInput(positions, spec))
             with gm.graph.inserting_before(node):

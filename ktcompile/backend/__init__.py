@@ -51,9 +51,7 @@ def _inner(name: str, mode: str | None) -> InnerCompiler:
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Callable[..., Any] = compile_fx(
-            gm, example_inputs, config_patches=list_mode_options(mode) if mode else None
-        )
-        return compiled
+        patches = list_mode_options(mode) if mode else None
+        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
     return inductor

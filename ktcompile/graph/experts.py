@@ -44,7 +44,8 @@ def describe(module: nn.Module) -> ExpertsFacts | str:
         if parameter is not None and not isinstance(getattr(module, parameter, None), torch.Tensor):
             return f"{name} has no tensor {parameter}"
     layout = ExpertsSpec(
-        interleaved=bool(module.has_gate and not module.is_concatenated), transposed=bool(module.is_transposed)
+        interleaved=bool(module.has_gate and not module.is_concatenated),
+        transposed=bool(module.is_transposed),
     )
     activation = _activation(module, layout.interleaved)
     if activation is None:
@@ -96,5 +97,5 @@ def _width(module: nn.Module) -> int:
 
 
 def _activation_name(module: nn.Module) -> str:
-    gate = getattr(type(module)._apply_gate, "__qualname__", "?") if module.has_gate else "not gated"
+    gate = getattr(module._apply_gate, "__qualname__", "?") if module.has_gate else "not gated"
     return f"act_fn {type(getattr(module, 'act_fn', None)).__name__}, _apply_gate {gate}"

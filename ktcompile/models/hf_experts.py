@@ -67,17 +67,15 @@ def _stock(module: nn.Module, *args: Any) -> torch.Tensor:
     return result
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _log(message: str) -> None:
     warn_once(message)
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[str, tuple[str | None, ...], str]] = (
-    weakref.WeakKeyDictionary()
-)
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[str, tuple[str | None, ...], str]] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _facts(module: nn.Module) -> tuple[str, tuple[str | None, ...], str]:
     """Return (encoded spec, names of parameters, "") or ("", (), reason)."""
     if module not in _known:

@@ -80,7 +80,8 @@ class PackedExperts:
 
     def _pack_bias(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         dtype = native_dtype(gate_up.dtype, "gate_up_bias")
-        self.native.pack_bias(gate_up.data_ptr(), gate_up.stride(), down.data_ptr(), down.stride(), dtype)
+        places = (gate_up.data_ptr(), gate_up.stride(), down.data_ptr(), down.stride())
+        self.native.pack_bias(*places, dtype)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return (

@@ -16,16 +16,13 @@ from ktcompile.ops.store import expert_store
 from ktcompile.ops.threads import native_threads
 from ktcompile.quant import native_dtype
 
-_library = torch.library.Library("kt", "DEF")
-_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
-_library.define(
-    "moe(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor experts) -> Tensor", tags=_tags
-)
-_library.define(
+_library = torch.library.Library("kt", "DEF")  # type: ignore[no-untyped-call]
+for _schema in (
+    "moe(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor experts) -> Tensor",
     "experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,"
     " Tensor? gate_up_bias, Tensor? down_bias, str spec) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 
 def moe(
@@ -106,14 +103,12 @@ def _experts_cpu(
     return run(x, ids, weights, expert_store().get(plain, ExpertsSpec.decode(spec)))
 
 
-@torch.library.register_fake("kt::moe", lib=_library)
-def _moe_fake(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor
-) -> torch.Tensor:
+@torch.library.register_fake("kt::moe", lib=_library)  # type: ignore[untyped-decorator]
+def _moe_fake(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("kt::experts", lib=_library)
+@torch.library.register_fake("kt::experts", lib=_library)  # type: ignore[untyped-decorator]
 def _experts_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
     return x.new_empty(x.shape)
 

@@ -27,6 +27,10 @@ class _Entry:
     storages: tuple[StorageWeakRef, ...]
     taken: bool = False
 
+    def stale(self) -> bool:
+        """Return whether a tensor is gone, so that others may stand where it was."""
+        return any(s.expired() for s in self.storages)  # type: ignore[no-untyped-call]
+
 
 class ExpertStore:
     """Finds the packed form of weights, packing them when they are new or were written to since.
@@ -43,9 +47,8 @@ class ExpertStore:
         """Return the packed form of (gate_up_proj, down_proj, gate_up_bias, down_bias)."""
         key = _key(weights, spec)
         entry = self._entries.get(key)
-        if entry is not None and entry.versions == _versions(weights):
-            if not any(s.expired() for s in entry.storages):
-                return entry.packed
+        if entry is not None and entry.versions == _versions(weights) and not entry.stale():
+            return entry.packed
         with self._lock:
             return self._pack(key, weights, spec).packed
 
@@ -73,7 +76,7 @@ class ExpertStore:
     def _pack(self, key: Key, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> _Entry:
         gate_up, down, gate_up_bias, down_bias = weights
         assert gate_up is not None and down is not None
-        for stale in [k for k, e in self._entries.items() if any(s.expired() for s in e.storages)]:
+        for stale in [k for k, e in self._entries.items() if e.stale()]:
             del self._entries[stale]
         packed = PackedExperts(gate_up, down, gate_up_bias, down_bias, spec)
         entry = _Entry(packed, _versions(weights), _storages(weights))
@@ -107,7 +110,7 @@ def _versions(weights: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
 
 
 def _storages(weights: Sequence[torch.Tensor | None]) -> tuple[StorageWeakRef, ...]:
-    return tuple(StorageWeakRef(w.untyped_storage()) for w in weights if w is not None)
+    return tuple(StorageWeakRef(w.untyped_storage()) for w in weights if w is not None)  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -19,7 +19,11 @@ class Executable:
     """Calls a compiled graph. Arguments that only served to pack weights stay outside of it."""
 
     def __init__(
-        self, inner: Callable[..., Any], kept: Sequence[int], packed: Sequence[PackedInput], store: ExpertStore
+        self,
+        inner: Callable[..., Any],
+        kept: Sequence[int],
+        packed: Sequence[PackedInput],
+        store: ExpertStore,
     ) -> None:
         self._inner = inner
         self._kept = tuple(kept)

@@ -15,9 +15,7 @@ from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import ExpertStore
 
 
-def take_weights(
-    store: ExpertStore, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec
-) -> PackedExperts:
+def take_weights(store: ExpertStore, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
     """Return the packed weights, their source storage freed.
 
     The module's parameters keep their shape but read as NaN, so that a use outside of the compiled graph shows;
@@ -29,7 +27,8 @@ def take_weights(
     gate_up, down = (_owner(owners, w) for w in weights[:2])
     packed = store.take(weights, spec)
     # The hook holds no module, and lives as long as the module that it is registered on.
-    gate_up.module.register_state_dict_post_hook(_Unpack(packed, gate_up.name, down.name))
+    hook = _Unpack(packed, gate_up.name, down.name)
+    gate_up.module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
     return packed
 
 

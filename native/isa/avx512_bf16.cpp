@@ -18,27 +18,30 @@ struct dot_step {
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const a_type* a) {
     __m512bh b[N];
-    KT_UNROLL for (int n = 0; n < N; ++n) b[n] = (__m512bh)_mm512_loadu_si512(w + n * 64);
-    KT_UNROLL for (int m = 0; m < M; ++m) {
+    KT_UNROLLED (n, N) b[n] = (__m512bh)_mm512_loadu_si512(w + n * 64);
+    KT_UNROLLED (m, M) {
       const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[m]));
-      KT_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], b[n], x);
+      KT_UNROLLED (n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], b[n], x);
     }
   }
 };
 
 double arithmetic(std::size_t rounds) {
-  return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), 4.0 * vec::lanes, [](vec::f32 acc, __m512i x) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)x);
-  });
+  return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), 4.0 * vec::lanes,
+                           [](vec::f32 acc, __m512i x) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)x); });
 }
 
 }  // namespace
 
 const kernel_table kernels = {
-    pack_rows<bf16_block>, {nullptr, nullptr, gemm<dot_step>},
-    activate<bf16_block>,  accumulate,
-    store,                 /*rows_in_bf16=*/true,
-    read_bytes,            arithmetic,
+    pack_rows<bf16_block>,
+    {nullptr, nullptr, gemm<dot_step>},
+    activate<bf16_block>,
+    accumulate,
+    store,
+    /*rows_in_bf16=*/true,
+    read_bytes,
+    arithmetic,
 };
 
 }  // namespace KT_ISA_NAME

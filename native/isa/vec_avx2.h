@@ -49,8 +49,8 @@ struct vec {
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i near = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even);
     const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x00400000));
-    const __m256 r = _mm256_blendv_ps(_mm256_castsi256_ps(near), _mm256_castsi256_ps(quiet),
-                                      _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256 r =
+        _mm256_blendv_ps(_mm256_castsi256_ps(near), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(r), high_half()));
   }
 

@@ -20,8 +20,7 @@ struct vec {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high_half()));
   }
   static void store_f16(void* p, f32 x) {
-    _mm256_storeu_si256(static_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   static void store_bf16(void* p, f32 x) {
     const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16);

@@ -46,18 +46,18 @@ struct fma_step {
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const float* a) {
     vec::f32 b[N];
-    KT_UNROLL for (int n = 0; n < N; ++n) b[n] = weights<W>::odd(w, n);
+    KT_UNROLLED (n, N) b[n] = weights<W>::odd(w, n);
     multiply(acc, b, a + M);
-    KT_UNROLL for (int n = 0; n < N; ++n) b[n] = weights<W>::even(w, n);
+    KT_UNROLLED (n, N) b[n] = weights<W>::even(w, n);
     multiply(acc, b, a);
   }
 
  private:
   template <int M, int N>
   [[gnu::always_inline]] static void multiply(vec::f32 (&acc)[M][N], const vec::f32 (&b)[N], const float* a) {
-    KT_UNROLL for (int m = 0; m < M; ++m) {
+    KT_UNROLLED (m, M) {
       const vec::f32 x = vec::set1(a[m]);
-      KT_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = vec::fma(x, b[n], acc[m][n]);
+      KT_UNROLLED (n, N) acc[m][n] = vec::fma(x, b[n], acc[m][n]);
     }
   }
 };
@@ -67,16 +67,16 @@ template <class Step, int M, int N>
 [[gnu::noinline]] void tile(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c,
                             const char* next, int lines) {
   vec::f32 acc[M][N];
-  KT_UNROLL for (int m = 0; m < M; ++m)
-    KT_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = vec::zero();
+  KT_UNROLLED (m, M)
+    KT_UNROLLED (n, N) acc[m][n] = vec::zero();
   for (std::size_t p = 0; p < pairs; ++p) {
     Step::run(acc, w, a);
     a += Step::a_per_row * M;
     w += Step::pair_bytes;
     for (int i = 0; i < lines; ++i, next += 64) prefetch_l2(next);
   }
-  KT_UNROLL for (int m = 0; m < M; ++m)
-    KT_UNROLL for (int n = 0; n < N; ++n) vec::store(c + m * panel_columns + n * vec::lanes, acc[m][n]);
+  KT_UNROLLED (m, M)
+    KT_UNROLLED (n, N) vec::store(c + m * panel_columns + n * vec::lanes, acc[m][n]);
 }
 
 // All 32 columns of M rows, in as many passes as the registers ask for.

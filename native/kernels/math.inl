@@ -6,7 +6,7 @@ inline vec::f32 constant(float x) { return vec::set1(x); }
 template <int N>
 inline vec::f32 polynomial(vec::f32 x, const float (&c)[N]) {
   vec::f32 p = constant(c[N - 1]);
-  KT_UNROLL for (int i = N - 2; i >= 0; --i) p = vec::fma(p, x, constant(c[i]));
+  for (int i = N - 2; i >= 0; --i) p = vec::fma(p, x, constant(c[i]));
   return p;
 }
 
@@ -33,8 +33,8 @@ inline vec::f32 gelu_tanh(vec::f32 x) {  // 1 + tanh(u) = 2 sigmoid(2u)
 
 inline vec::f32 gelu_erf(vec::f32 x) {
   // erfc(z) = e^(-z^2) P(t), t = 1 / (1 + z/2), z >= 0; a least-squares fit, relative error 2.5e-7
-  constexpr float c[] = {1.31065553e-05f, 0.28172943f, 0.286536247f, 0.215788916f, 0.314592481f, -0.326097161f,
-                         0.809521079f, -1.1065644f, 0.739632368f, -0.249991477f, 0.0348394252f};
+  constexpr float c[] = {1.31065553e-05f, 0.28172943f, 0.286536247f, 0.215788916f,  0.314592481f, -0.326097161f,
+                         0.809521079f,    -1.1065644f, 0.739632368f, -0.249991477f, 0.0348394252f};
   const vec::f32 z = vec::mul(vec::abs(x), constant(0.70710678118654752f));
   const vec::f32 square = vec::mul(z, z), rest = vec::fma(z, z, vec::sub(vec::zero(), square));
   const vec::f32 t = vec::div(constant(1.0f), vec::fma(z, constant(0.5f), constant(1.0f)));

@@ -21,14 +21,14 @@ template <class V, class Op>
 double arithmetic_chains(std::size_t rounds, V one, double flops_each, Op op) {
   constexpr int chains = 12;
   vec::f32 acc[chains];
-  KT_UNROLL for (int i = 0; i < chains; ++i) {
+  KT_UNROLLED (i, chains) {
     acc[i] = vec::zero();
     asm volatile("" : "+x"(acc[i]));  // or the compiler would merge equal chains
   }
   for (std::size_t r = 0; r < rounds; ++r) {
     asm volatile("" : "+x"(one));
-    KT_UNROLL for (int i = 0; i < chains; ++i) acc[i] = op(acc[i], one);
+    KT_UNROLLED (i, chains) acc[i] = op(acc[i], one);
   }
-  KT_UNROLL for (int i = 0; i < chains; ++i) asm volatile("" : : "x"(acc[i]));
+  KT_UNROLLED (i, chains) asm volatile("" : : "x"(acc[i]));
   return static_cast<double>(rounds) * chains * flops_each;
 }

@@ -36,7 +36,7 @@ void pack_rows(const pack_rows_job& job) {
       float x[vec::lanes];
       for (std::size_t k = 0; k < whole; k += vec::lanes) {
         vec::store(x, load_as_f32(row, job.type, k));
-        KT_UNROLL for (int i = 0; i < vec::lanes; ++i) Block::put(tile, rows, r, k + i, x[i]);
+        KT_UNROLLED (i, vec::lanes) Block::put(tile, rows, r, k + i, x[i]);
       }
       if (whole < job.k) {
         alignas(64) char rest[vec::lanes * 4] = {};
@@ -92,7 +92,7 @@ void activate(const activate_job& job) {
         if (job.round_to_bf16) h = vec::round_bf16(h);
         float x[vec::lanes];
         vec::store(x, h);
-        KT_UNROLL for (int i = 0; i < vec::lanes; ++i) Block::put(tile, rows, r, job.column + column + i, x[i]);
+        KT_UNROLLED (i, vec::lanes) Block::put(tile, rows, r, job.column + column + i, x[i]);
       }
     }
   }
@@ -103,7 +103,7 @@ void accumulate(const accumulate_job& job) {
     const vec::f32 weight = vec::set1(job.weight[r]);
     const float* row = job.c + r * panel_columns;
     float* sum = job.sum + static_cast<std::size_t>(job.index[r]) * panel_columns;
-    KT_UNROLL for (int column = 0; column < panel_columns; column += vec::lanes) {
+    for (int column = 0; column < panel_columns; column += vec::lanes) {
       vec::f32 x = vec::load(row + column);
       if (job.bias) x = vec::add(x, vec::load(job.bias + column));
       vec::store(sum + column, vec::fma(weight, x, vec::load(sum + column)));

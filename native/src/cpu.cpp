@@ -11,8 +11,12 @@ namespace kt {
 
 const std::vector<feature_name>& feature_names() {
   static const std::vector<feature_name> names = {
-      {"avx2", feature::avx2},         {"avx512", feature::avx512},     {"avx512_bf16", feature::avx512_bf16},
-      {"avx512_vnni", feature::avx512_vnni}, {"avx_vnni", feature::avx_vnni}, {"amx_bf16", feature::amx_bf16},
+      {"avx2", feature::avx2},
+      {"avx512", feature::avx512},
+      {"avx512_bf16", feature::avx512_bf16},
+      {"avx512_vnni", feature::avx512_vnni},
+      {"avx_vnni", feature::avx_vnni},
+      {"amx_bf16", feature::amx_bf16},
       {"amx_int8", feature::amx_int8},
   };
   return names;

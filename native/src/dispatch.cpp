@@ -4,9 +4,9 @@
 
 namespace kt {
 
-#define KT_ISA(name, features)          \
-  namespace name {                      \
-  extern const kernel_table kernels;    \
+#define KT_ISA(name, features)       \
+  namespace name {                   \
+  extern const kernel_table kernels; \
   }
 #include <kt/isa.inc>
 #undef KT_ISA

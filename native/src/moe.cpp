@@ -148,8 +148,14 @@ class layer_run {
  public:
   layer_run(const experts& e, const kernel_table& k, const moe_arguments& a, std::size_t first_token,
             std::size_t tokens, const routing& r)
-      : e_(e), k_(k), a_(a), r_(r), first_token_(first_token), tokens_(tokens),
-        element_(k.rows_in_bf16 ? 2 : 4), gemm_(k.gemm[static_cast<int>(e.down.format)]),
+      : e_(e),
+        k_(k),
+        a_(a),
+        r_(r),
+        first_token_(first_token),
+        tokens_(tokens),
+        element_(k.rows_in_bf16 ? 2 : 4),
+        gemm_(k.gemm[static_cast<int>(e.down.format)]),
         blocks_(cut_blocks(r, e.gate_up.k * element_)) {}
 
   void run(thread_pool& pool, std::vector<thread_scratch>& scratch, buffer& hidden) {
@@ -235,9 +241,9 @@ void layer_run::down_group(std::size_t first, thread_scratch& t) const {
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     const block& b = blocks_[i];
     for (std::size_t p = first; p < last; ++p) {
-      const char* following = p + 1 < last                 ? w.panel(b.expert, p + 1)
+      const char* following = p + 1 < last             ? w.panel(b.expert, p + 1)
                               : i + 1 < blocks_.size() ? w.panel(blocks_[i + 1].expert, first)
-                                                           : nullptr;
+                                                       : nullptr;
       gemm_({w.panel(b.expert, p), hidden_of(b), b.rows, w.k, t.c.as<float>(), following, w.panel_bytes()});
       k_.accumulate({t.c.as<float>(), b.rows, w.panel_bias(b.expert, p), r_.weight.data() + b.begin,
                      r_.token.data() + b.begin, t.sum.as<float>() + (p - first) * sum_size});

@@ -12,7 +12,7 @@ using feature_set = std::uint32_t;
 namespace feature {
 enum : feature_set {
   none = 0,
-  avx2 = 1 << 0,  // with FMA and F16C, as on every CPU that has it
+  avx2 = 1 << 0,    // with FMA and F16C, as on every CPU that has it
   avx512 = 1 << 1,  // F, BW, DQ and VL
   avx512_bf16 = 1 << 2,
   avx512_vnni = 1 << 3,

@@ -34,8 +34,8 @@ enum class activation : std::uint8_t {
 struct activation_spec {
   activation kind = activation::silu;
   bool gated = true;
-  float alpha = 1.0f;   // swigluoai
-  float limit = 0.0f;   // > 0: gate = min(gate, limit), up = clamp(up, -limit, limit)
+  float alpha = 1.0f;  // swigluoai
+  float limit = 0.0f;  // > 0: gate = min(gate, limit), up = clamp(up, -limit, limit)
 };
 
 struct pack_rows_job {
@@ -50,11 +50,11 @@ struct pack_rows_job {
 };
 
 struct gemm_job {
-  const void* panel;   // one packed panel of weights
+  const void* panel;  // one packed panel of weights
   const void* rows_packed;
   int rows;
-  std::size_t k;  // padded
-  float* c;       // [rows][32]
+  std::size_t k;           // padded
+  float* c;                // [rows][32]
   const void* next_panel;  // fetched into the cache meanwhile; null: nothing
   std::size_t panel_bytes;
 };

@@ -12,7 +12,8 @@ namespace kt {
 
 enum class id_type : std::uint8_t { i32, i64 };
 
-// hidden [tokens][hidden_size], ids and weights [tokens][top_k], out [tokens][hidden_size]; strides of rows in elements.
+// hidden [tokens][hidden_size], ids and weights [tokens][top_k], out [tokens][hidden_size]; strides of rows in
+// elements.
 struct moe_arguments {
   std::size_t tokens = 0;
   int top_k = 0;
@@ -41,7 +42,7 @@ class context {
 
   // Measured ceilings of this machine with this context's threads.
   double read_bandwidth(const kernel_table& kernels, std::size_t bytes, int repeats);  // bytes per second
-  double arithmetic(const kernel_table& kernels, int repeats);                          // flops per second
+  double arithmetic(const kernel_table& kernels, int repeats);                         // flops per second
 
  private:
   struct scratch;

@@ -1,0 +1,73 @@
+# make demo   compile a real MoE model with backend "kt" and generate text
+# make test   everything that CI runs
+# make check  a developer's loop, under three minutes
+# Each does its own set-up in .venv. Needs Python >= 3.10 with venv, a C++20 compiler and make.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+NATIVE := $(shell find native cmake -type f) CMakeLists.txt
+NATIVE_BUILD := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DKT_PYTHON=OFF -DKT_TESTS=ON
+
+.PHONY: demo test check setup lint format types native-test sanitize valgrind bench wheel clean
+
+demo: setup
+	$(BIN)/python examples/quickstart.py
+	$(BIN)/ktc generate "def fibonacci(n):" --max-tokens 96
+
+test: setup lint types native-test
+	$(BIN)/pytest -q
+
+check: setup lint types
+	$(BIN)/pytest -q -x -m "not slow"
+
+setup: .venv/installed
+
+.venv/tools: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt pip scikit-build-core nanobind cmake ninja
+	touch $@
+
+.venv/installed: .venv/tools pyproject.toml $(NATIVE)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.inc')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/python -m nanobind.stubgen -q -m ktcompile._native -o ktcompile/_native.pyi
+	$(BIN)/clang-format -i $$(find native -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.inc')
+
+types: setup
+	$(BIN)/mypy
+
+native-test: setup
+	$(NATIVE_BUILD) -S . -B build/native
+	$(BIN)/cmake --build build/native
+	build/native/native/native_tests
+
+# The native tests under the address and undefined-behaviour sanitizers.
+sanitize: setup
+	$(NATIVE_BUILD) -DKT_SANITIZE=ON -S . -B build/sanitize
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/native/native_tests
+
+# The same under valgrind, which knows no AVX-512. Needs valgrind.
+valgrind: setup
+	$(NATIVE_BUILD) -S . -B build/native
+	$(BIN)/cmake --build build/native
+	valgrind --quiet --leak-check=full --error-exitcode=9 build/native/native/native_tests --quick --isa scalar --isa avx2
+
+# Minutes, on a machine where nothing else runs.
+bench: setup
+	$(BIN)/ktc bench moe --preset qwen3-30b-a3b --experts 64
+
+wheel: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf .venv build dist
