@@ -28,8 +28,8 @@ struct vec {
   static f32 max(f32 a, f32 b) { return a > b ? a : b; }
   static f32 abs(f32 a) { return as_f32(as_u32(a) & 0x7fffffffu); }
   static f32 select_negative(f32 sign, f32 negative, f32 other) { return as_u32(sign) >> 31 ? negative : other; }
-  // a * 2^n for an integral n in [-126, 127]
   static f32 round(f32 a) { return __builtin_nearbyintf(a); }
+  // 2^n for an integral n in [-126, 127]; 0 for -127, infinity for 128
   static f32 exp2_integral(f32 n) {
     return n == n ? as_f32(static_cast<std::uint32_t>(static_cast<std::int32_t>(n) + 127) << 23) : n;
   }

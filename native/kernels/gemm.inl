@@ -9,7 +9,9 @@ struct tiling {
   int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
 };
 
+inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
+constexpr std::size_t l1_distance = 1024;
 
 template <dtype W>
 struct weights {  // fp32 and fp16: [K][32]
@@ -70,6 +72,7 @@ template <class Step, int M, int N>
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) acc[m][n] = vec::zero();
   for (std::size_t p = 0; p < pairs; ++p) {
+    for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + l1_distance + line);
     Step::run(acc, w, a);
     a += Step::a_per_row * M;
     w += Step::pair_bytes;

@@ -10,9 +10,9 @@ inline vec::f32 polynomial(vec::f32 x, const float (&c)[N]) {
   return p;
 }
 
-// e^x to 2 ulp. Below -87.3 and above 88.3 x is clamped, so that the result stays normal.
+// e^x to 2 ulp; 0 below -87.7, infinity above 88.4.
 inline vec::f32 exp(vec::f32 x) {
-  x = vec::max(constant(-87.3f), vec::min(constant(88.3f), x));  // NaN passes: it is the second operand
+  x = vec::max(constant(-88.0f), vec::min(constant(89.0f), x));  // NaN passes: it is the second operand
   const vec::f32 n = vec::round(vec::mul(x, constant(0x1.715476p+0f)));
   vec::f32 r = vec::fma(n, constant(-0x1.62e400p-1f), x);  // ln 2 in two parts
   r = vec::fma(n, constant(-0x1.7f7d1cp-20f), r);
@@ -35,7 +35,8 @@ inline vec::f32 gelu_erf(vec::f32 x) {
   // erfc(z) = e^(-z^2) P(t), t = 1 / (1 + z/2), z >= 0; a least-squares fit, relative error 2.5e-7
   constexpr float c[] = {1.31065553e-05f, 0.28172943f, 0.286536247f, 0.215788916f,  0.314592481f, -0.326097161f,
                          0.809521079f,    -1.1065644f, 0.739632368f, -0.249991477f, 0.0348394252f};
-  const vec::f32 z = vec::mul(vec::abs(x), constant(0.70710678118654752f));
+  // Beyond z = 9.4 erfc is zero in fp32, and the square of a larger one could be infinite.
+  const vec::f32 z = vec::min(constant(11.0f), vec::mul(vec::abs(x), constant(0.70710678118654752f)));
   const vec::f32 square = vec::mul(z, z), rest = vec::fma(z, z, vec::sub(vec::zero(), square));
   const vec::f32 t = vec::div(constant(1.0f), vec::fma(z, constant(0.5f), constant(1.0f)));
   const vec::f32 gauss = exp(vec::sub(vec::zero(), square));

@@ -27,25 +27,25 @@ inline vec::f32 load_as_f32(const void* base, dtype type, std::size_t i) {
 template <class Block>
 void pack_rows(const pack_rows_job& job) {
   const tiling tiles(job.rows);
-  const std::size_t size = size_of(job.type), whole = job.k / vec::lanes * vec::lanes;
+  const std::size_t size = size_of(job.type);
   for (int t = 0; t < tiles.count; ++t) {
     const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
     char* tile = static_cast<char*>(job.packed) + begin * job.k_padded * Block::bytes;
-    for (int r = 0; r < rows; ++r) {
-      const char* row = static_cast<const char*>(job.source) + job.index[begin + r] * job.stride * size;
-      float x[vec::lanes];
-      for (std::size_t k = 0; k < whole; k += vec::lanes) {
-        vec::store(x, load_as_f32(row, job.type, k));
-        KT_UNROLLED (i, vec::lanes) Block::put(tile, rows, r, k + i, x[i]);
+    // A few k of all rows at a time, so that the tile is written once from its beginning to its end.
+    for (std::size_t k = 0; k < job.k_padded; k += vec::lanes)
+      for (int r = 0; r < rows; ++r) {
+        const char* row = static_cast<const char*>(job.source) + job.index[begin + r] * job.stride * size;
+        float x[vec::lanes];
+        if (k + vec::lanes <= job.k) {
+          vec::store(x, load_as_f32(row, job.type, k));
+          KT_UNROLLED (i, vec::lanes) Block::put(tile, rows, r, k + i, x[i]);
+        } else {
+          alignas(64) char rest[vec::lanes * 4] = {};
+          if (k < job.k) __builtin_memcpy(rest, row + k * size, (job.k - k) * size);
+          vec::store(x, load_as_f32(rest, job.type, 0));
+          for (std::size_t i = 0; i < vec::lanes && k + i < job.k_padded; ++i) Block::put(tile, rows, r, k + i, x[i]);
+        }
       }
-      if (whole < job.k) {
-        alignas(64) char rest[vec::lanes * 4] = {};
-        __builtin_memcpy(rest, row + whole * size, (job.k - whole) * size);
-        vec::store(x, load_as_f32(rest, job.type, 0));
-        for (std::size_t k = whole; k < job.k; ++k) Block::put(tile, rows, r, k, x[k - whole]);
-      }
-      for (std::size_t k = job.k; k < job.k_padded; ++k) Block::put(tile, rows, r, k, 0.0f);
-    }
   }
 }
 

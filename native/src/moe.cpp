@@ -109,20 +109,24 @@ std::vector<block> cut_blocks(const routing& r, std::size_t row_bytes) {
 // Streaming a panel from memory takes about as long as multiplying it with this many rows.
 constexpr int rows_hidden_by_memory = 12;
 
-// Items of near-equal cost, about 32 for each thread.
+// Items of near-equal cost, about 32 for each thread; those of the last quarter are smaller, so that the threads end
+// together.
 std::vector<item> cut_items(const std::vector<block>& blocks, std::size_t panels, int threads) {
-  double total = 0;
-  const auto cost = [&](const block& b) { return static_cast<double>(std::max(b.rows, rows_hidden_by_memory)); };
-  for (const block& b : blocks) total += cost(b) * static_cast<double>(panels);
+  const auto cost = [&](const block& b) {
+    return static_cast<double>(std::max(b.rows, rows_hidden_by_memory)) * static_cast<double>(panels);
+  };
+  double total = 0, done = 0;
+  for (const block& b : blocks) total += cost(b);
   const double target = total / (32.0 * threads);
   std::vector<item> items;
   for (std::size_t i = 0; i < blocks.size(); ++i) {
-    const double wanted = std::ceil(cost(blocks[i]) * static_cast<double>(panels) / target);
+    const double wanted = std::ceil(cost(blocks[i]) / (done < 0.75 * total ? target : target / 4));
     const std::size_t count = std::clamp<std::size_t>(static_cast<std::size_t>(wanted), 1, panels);
     for (std::size_t k = 0; k < count; ++k) {
       const std::size_t begin = panels * k / count, end = panels * (k + 1) / count;
       items.push_back({i, begin, end - begin});
     }
+    done += cost(blocks[i]);
   }
   return items;
 }
