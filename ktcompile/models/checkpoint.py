@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -60,4 +59,4 @@ def _weight_files(folder: Path) -> list[Path]:
 def _is_hub_id(model: str) -> bool:
     """Return whether `model` has the form of "name" or "owner/name"."""
     parts = model.split("/")
-    return len(parts) <= 2 and all(parts) and model[0] not in ".~" and os.sep not in model.replace("/", "")
+    return len(parts) <= 2 and all(parts) and model[0] not in ".~"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from ktcompile.graph.experts import describe
 from ktcompile.log import warn_once
+from ktcompile.ops.spec import ExpertsSpec
+from ktcompile.ops.store import expert_store
+from ktcompile.quant import FORMATS
+from ktcompile.runtime.take import take_weights
 
 NAME = "kt"
 
@@ -26,6 +31,37 @@ def register() -> None:
     except ImportError:
         return
     FP8ExpertsInterface.register(NAME, fp8_experts_forward)
+
+
+def configure(model: nn.Module, weight_format: str) -> list[nn.Module]:
+    """Have the experts of `model` stored in `weight_format`, and return the modules that the kernels run.
+
+    weight_format: as for `ktcompile.ops.pack_experts`. It holds for the implementation "kt"; a compiled model has
+    an option of the backend. ValueError: there is no such format.
+    """
+    if weight_format != "auto" and weight_format not in FORMATS:
+        raise ValueError(f"weight_format is {weight_format!r}; it must be auto or one of {', '.join(FORMATS)}")
+    configured = []
+    for module in model.modules():
+        if not hasattr(module, "has_gate"):  # set by transformers' decorator of experts classes
+            continue
+        spec, names, reason = _facts(module)
+        if not reason:
+            spec = replace(ExpertsSpec.decode(spec), weight_format=weight_format).encode()
+            _known[module] = spec, names, reason
+            configured.append(module)
+    return configured
+
+
+def take(module: nn.Module) -> None:
+    """Pack the experts of a module that `configure` returned, and free the source of the weights.
+
+    The parameters then read as NaN, and state_dict returns the weights unpacked.
+    """
+    spec, names, reason = _facts(module)
+    assert not reason
+    weights = [None if name is None else getattr(module, name) for name in names]
+    take_weights(expert_store(), weights, ExpertsSpec.decode(spec))
 
 
 def experts_forward(
