@@ -46,7 +46,7 @@ def _time(setup: dict[str, Any], run: Run, tokens: int, repeats: int, seed: int)
         begin = time.perf_counter()
         run(i % setup["layers"], x, ids, weights)
         seconds.append(time.perf_counter() - begin)
-    return {"seconds": seconds, "distinct": [float(len(ids.unique())) for _, ids, _ in inputs]}
+    return {"seconds": seconds, "distinct": [float(len(set(ids.flatten().tolist()))) for _, ids, _ in inputs]}
 
 
 def _weights(setup: dict[str, Any], layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,8 @@ def _region(
         if name is not None and node is None:
             return f"{label}: its graph does not read {name} directly"
         weights.append(node)
-    others = [n for n in live_ins if n not in weights and isinstance(_value(n), torch.Tensor)]
+    # Scalars (a limit that Dynamo made an input) are read from the module, not from the graph.
+    others = [n for n in live_ins if n not in weights and isinstance(v := _value(n), torch.Tensor) and v.dim()]
     inputs = _classify(others, _value(outputs[0]))
     if inputs is None:
         shapes = [f"{tuple(_value(n).shape)} {_value(n).dtype}" for n in others]
