@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of it to use")
     args = parser.parse_args()
 
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model).eval()
     ids = tokenizer(args.text.read_text(), return_tensors="pt").input_ids[:, : args.tokens]

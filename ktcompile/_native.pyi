@@ -1,7 +1,8 @@
 """Native kernels of ktcompile."""
 
-import enum
 from collections.abc import Sequence
+import enum
+
 
 class DType(enum.Enum):
     f32 = 0
@@ -52,67 +53,25 @@ def map_nan(bytes: int, type: DType) -> int:
 def unmap_nan(address: int, bytes: int) -> None: ...
 
 class Experts:
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        format: DType,
-        activation: Activation,
-        gated: bool,
-        interleaved: bool,
-        alpha: float,
-        limit: float,
-    ) -> None: ...
-    def pack(
-        self,
-        expert: int,
-        gate_up: int,
-        gate_up_strides: tuple[int, int, int],
-        down: int,
-        down_strides: tuple[int, int, int],
-        type: DType,
-    ) -> None: ...
-    def pack_bias(
-        self,
-        gate_up: int,
-        gate_up_strides: tuple[int, int],
-        down: int,
-        down_strides: tuple[int, int],
-        type: DType,
-    ) -> None: ...
-    def unpack(
-        self,
-        expert: int,
-        gate_up: int,
-        gate_up_strides: tuple[int, int, int],
-        down: int,
-        down_strides: tuple[int, int, int],
-        type: DType,
-    ) -> None: ...
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, format: DType, activation: Activation, gated: bool, interleaved: bool, alpha: float, limit: float) -> None: ...
+
+    def pack(self, expert: int, gate_up: int, gate_up_strides: tuple[int, int, int], down: int, down_strides: tuple[int, int, int], type: DType) -> None: ...
+
+    def pack_bias(self, gate_up: int, gate_up_strides: tuple[int, int], down: int, down_strides: tuple[int, int], type: DType) -> None: ...
+
+    def unpack(self, expert: int, gate_up: int, gate_up_strides: tuple[int, int, int], down: int, down_strides: tuple[int, int, int], type: DType) -> None: ...
+
     @property
     def nbytes(self) -> int: ...
 
 class Context:
     def __init__(self, threads: int) -> None: ...
+
     @property
     def threads(self) -> int: ...
-    def moe(
-        self,
-        arg0: Experts,
-        arg1: str,
-        arg2: int,
-        arg3: int,
-        arg4: int,
-        arg5: DType,
-        arg6: int,
-        arg7: int,
-        arg8: bool,
-        arg9: int,
-        arg10: DType,
-        arg11: int,
-        arg12: int,
-        /,
-    ) -> None: ...
+
+    def moe(self, arg0: Experts, arg1: str, arg2: int, arg3: int, arg4: int, arg5: DType, arg6: int, arg7: int, arg8: bool, arg9: int, arg10: DType, arg11: int, arg12: int, /) -> None: ...
+
     def read_bandwidth(self, isa: str, bytes: int, repeats: int) -> float: ...
+
     def arithmetic(self, isa: str, repeats: int) -> float: ...

@@ -1,0 +1,30 @@
+"""Set-up of every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import ktcompile
+from ktcompile.machine import machine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fail before the first test where an instruction set that must be there is not."""
+    torch.set_num_threads(2)
+    expected = [isa for isa in os.environ.get("KTCOMPILE_EXPECT_ISAS", "").split(",") if isa]
+    missing = [isa for isa in expected if isa not in machine().isas]
+    if missing:
+        found = ", ".join(machine().isas)
+        pytest.exit(f"KTCOMPILE_EXPECT_ISAS names {', '.join(missing)}, but only {found} run here", returncode=4)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of native threads afterwards."""
+    before = ktcompile.get_num_threads()
+    yield
+    ktcompile.set_num_threads(before)

@@ -1,0 +1,274 @@
+"""The torch.compile backend on an unmodified model of transformers."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.compare import relative_error
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import ktcompile
+from ktcompile.graph import report
+from ktcompile.ops.store import expert_store
+
+EAGER = {"inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No compiled code and no reports from other tests."""
+    torch._dynamo.reset()
+    report.clear_compile_reports()
+    yield
+    torch._dynamo.reset()
+
+
+def make_model(seed: int = 0, **changes: Any) -> Qwen3MoeForCausalLM:
+    config = Qwen3MoeConfig(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 72,
+            "moe_intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 18,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "max_position_embeddings": 128,
+            **changes,
+        }
+    )
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.1)
+    return model
+
+
+def ids(length: int, batch: int = 1) -> torch.Tensor:
+    return torch.randint(0, 97, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_logits_equal_the_stock_model(inner: str) -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="kt", fullgraph=True, options={"inner": inner})
+    assert relative_error(logits(compiled, ids(10)), logits(model, ids(10))) < 1e-5
+    (only,) = ktcompile.compile_reports()
+    assert (only.moe_found, only.moe_fused, only.fallbacks, only.inner) == (2, 2, [], inner)
+    assert [(p.name, p.matches) for p in only.passes] == [("fuse_moe", 2), ("pack_moe", 2)]
+    assert all(p.seconds > 0 for p in only.passes)
+
+
+def test_no_import_by_the_user(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    script = f"""
+        import torch
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).eval()
+        with torch.no_grad():
+            tokens = torch.arange(8)[None]
+            got = torch.compile(model, backend="kt", options={{"inner": "eager"}})(tokens).logits
+            assert (got - model(tokens).logits).abs().max() < 1e-4
+        import sys
+        print(sys.modules["ktcompile"].compile_reports()[0].moe_fused)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "2"
+
+
+def test_one_graph_serves_every_length() -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="kt", fullgraph=True, options=EAGER)
+    for length in (10, 11, 1):  # static, then dynamic, then the graph of a single token
+        logits(compiled, ids(length))
+    graphs = len(ktcompile.compile_reports())
+    assert graphs <= 3
+    for length in (2, 5, 12, 64, 100):
+        assert relative_error(logits(compiled, ids(length)), logits(model, ids(length))) < 1e-5
+    assert len(ktcompile.compile_reports()) == graphs
+
+
+def test_generate_gives_the_stock_tokens() -> None:
+    model = make_model()
+    wanted = model.generate(ids(5), max_new_tokens=12, do_sample=False)
+    model.forward = torch.compile(model.forward, backend="kt", options=EAGER)
+    got = model.generate(ids(5), max_new_tokens=12, do_sample=False)
+    assert torch.equal(got, wanted)
+    assert sum(r.moe_fused for r in ktcompile.compile_reports()) > 0
+
+
+def test_gradients_fall_back_to_the_stock_experts(caplog: pytest.LogCaptureFixture) -> None:
+    model, twin = make_model(), make_model()
+    compiled = torch.compile(model, backend="kt", options=EAGER)
+    with caplog.at_level(logging.WARNING, "ktcompile"):
+        compiled(ids(6), labels=ids(6), use_cache=False).loss.backward()
+    twin(ids(6), labels=ids(6), use_cache=False).loss.backward()
+    for (name, got), (_, wanted) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        assert relative_error(got.grad, wanted.grad) < 1e-4, name
+    reports = ktcompile.compile_reports()
+    assert sum(r.moe_fused for r in reports) == 0
+    assert all("gradients" in reason for r in reports for reason in r.fallbacks) and reports[0].fallbacks
+
+
+@pytest.mark.parametrize("backend", [None, "kt", "aot_eager"])
+def test_experts_implementation(backend: str | None) -> None:
+    model = make_model()
+    wanted = logits(model, ids(9))
+    model.set_experts_implementation("kt")
+    options = EAGER if backend == "kt" else None
+    used = torch.compile(model, backend=backend, fullgraph=True, options=options) if backend else model
+    assert relative_error(logits(used, ids(9)), wanted) < 1e-5
+    if backend == "kt":
+        assert ktcompile.compile_reports()[0].moe_fused == 2
+
+
+def test_experts_implementation_trains_on_the_stock_experts() -> None:
+    model, twin = make_model(), make_model()
+    model.set_experts_implementation("kt")
+    for m in (model, twin):
+        m(ids(6), labels=ids(6), use_cache=False).loss.backward()
+    got, wanted = (m.model.layers[0].mlp.experts.down_proj.grad for m in (model, twin))
+    assert relative_error(got, wanted) < 1e-5
+
+
+def test_layers_that_share_a_graph_keep_their_own_experts() -> None:
+    model = make_model(num_hidden_layers=4)
+    wanted = logits(model, ids(9))
+    for layer in model.model.layers:
+        layer.compile(backend="kt", options=EAGER)
+    assert relative_error(logits(model, ids(9)), wanted) < 1e-5
+    assert len(ktcompile.compile_reports()) < 4, "the layers were expected to share a graph"
+
+
+def test_a_write_to_the_weights_is_seen() -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="kt", options=EAGER)
+    before = logits(compiled, ids(9))
+    model.load_state_dict(make_model(seed=1).state_dict())
+    after = logits(compiled, ids(9))
+    assert relative_error(after, before) > 0.1
+    assert relative_error(after, logits(model, ids(9))) < 1e-5
+
+
+def test_taken_weights_exist_once() -> None:
+    model, twin = make_model(), make_model()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    compiled = torch.compile(model, backend="kt", options={**EAGER, "weights": "take"})
+    assert relative_error(logits(compiled, ids(9)), logits(twin, ids(9))) < 1e-5
+    experts = model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.isnan().all() and experts.down_proj.isnan().all()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert relative_error(logits(compiled, ids(12)), logits(twin, ids(12))) < 1e-5
+    other = make_model(seed=1)
+    model.load_state_dict(other.state_dict())
+    assert relative_error(logits(compiled, ids(9)), logits(other, ids(9))) < 1e-5
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_taking_frees_memory(tmp_path: Path) -> None:
+    script = """
+        import torch, psutil
+        from test_backend import make_model, logits, ids
+        model = make_model(hidden_size=512, moe_intermediate_size=1024, num_experts=32, num_hidden_layers=1)
+        weights = sum(p.nbytes for n, p in model.named_parameters() if "experts" in n)
+        rss = psutil.Process().memory_info().rss
+        logits(torch.compile(model, backend="kt", options={"inner": "eager", "weights": "take"}), ids(4))
+        print((psutil.Process().memory_info().rss - rss) / weights)
+    """
+    path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    result = subprocess.run([sys.executable, "-c", path + textwrap.dedent(script)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) < 0.6  # a second copy would make it 1
+
+
+def test_packed_weights_go_with_the_model() -> None:
+    model = make_model()
+    logits(torch.compile(model, backend="kt", options=EAGER), ids(9))
+    held = len(expert_store()._entries)
+    torch._dynamo.reset()
+    del model
+    import gc
+
+    gc.collect()
+    assert len(expert_store()._entries) <= held - 2
+
+
+def test_graphs_are_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTCOMPILE_DUMP_GRAPHS", str(tmp_path / "graphs"))
+    logits(torch.compile(make_model(), backend="kt", options=EAGER), ids(9))
+    texts = {p.stem.split("_", 2)[2]: p.read_text() for p in (tmp_path / "graphs").iterdir()}
+    assert set(texts) == {"input", "fuse_moe", "pack_moe"}
+    assert "torch.ops.kt.experts" in texts["fuse_moe"] and "torch.ops.kt.moe" in texts["pack_moe"]
+    assert "torch.ops.kt" not in texts["input"]
+
+
+def test_disabled_passes_do_not_run() -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="kt", options={**EAGER, "disable_passes": ["fuse_moe"]})
+    assert relative_error(logits(compiled, ids(9)), logits(model, ids(9))) < 1e-6
+    assert ktcompile.compile_reports()[0].moe_fused == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weight_fromat": "bf16"}, "did you mean 'weight_format'"),
+        ({"weight_format": "fp7"}, "fp7"),
+        ({"weights": "steal"}, "steal"),
+        ({"inner": "none"}, "inner"),
+        ({"isa": "sse9"}, "sse9"),
+        ({"disable_passes": ["fuse"]}, "'fuse', which is no pass"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(Exception, match=r"must be|unknown|no pass") as caught:
+        logits(torch.compile(make_model(), backend="kt", options=options), ids(4))
+    assert words in str(caught.value)
+
+
+def test_weight_format_option() -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="kt", options={**EAGER, "weight_format": "bf16"})
+    error = relative_error(logits(compiled, ids(9)), logits(model, ids(9)))
+    assert 1e-5 < error < 2e-2
+
+
+def test_an_unknown_gate_falls_back_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    experts = type(model.model.layers[0].mlp.experts)
+    odd = type("OddExperts", (experts,), {"_apply_gate": lambda self, x: torch.sin(x.chunk(2, -1)[0])})
+    model.model.layers[0].mlp.experts.__class__ = odd
+    wanted = logits(model, ids(9))
+    with caplog.at_level(logging.WARNING, "ktcompile"):
+        compiled = torch.compile(model, backend="kt", options=EAGER)
+        assert relative_error(logits(compiled, ids(9)), wanted) < 1e-5
+        logits(compiled, ids(10))
+    first = ktcompile.compile_reports()[0]
+    assert (first.moe_found, first.moe_fused) == (2, 1)
+    assert "OddExperts" in first.fallbacks[0] and "activation" in first.fallbacks[0]
+    assert len([r for r in caplog.records if "OddExperts" in r.message]) == 1
+
+
+def test_mode_is_handed_to_inductor() -> None:
+    model = make_model(num_hidden_layers=1)
+    compiled = torch.compile(model, backend="kt", mode="max-autotune-no-cudagraphs")
+    assert relative_error(logits(compiled, ids(9)), logits(model, ids(9))) < 1e-5
