@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -23,8 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of native threads afterwards."""
+def threads() -> Iterator[Callable[[int], None]]:
+    """Give `set_num_threads`, and restore the number of native threads afterwards."""
     before = ktcompile.get_num_threads()
-    yield
+    yield ktcompile.set_num_threads
     ktcompile.set_num_threads(before)

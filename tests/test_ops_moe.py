@@ -399,7 +399,7 @@ def test_an_activation_that_makes_no_sense_raises(arguments):
         Activation(**arguments)
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None, True], ids=repr)
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2", None], ids=repr)
 def test_a_bad_number_of_threads_raises(count, threads):
     with pytest.raises(ValueError, match=re.escape(repr(count))):
         threads(count)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import math
 from dataclasses import asdict, dataclass
 
 from ktcompile import _native
@@ -30,8 +32,10 @@ class Activation:
             raise ValueError(f"activation is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         if not self.gated and (self.kind == "swigluoai" or self.limit):
             raise ValueError(f"{self} is not gated; swigluoai and limit need gate and up")
-        if self.limit < 0:
+        if not self.limit >= 0:  # NaN is not
             raise ValueError(f"limit is {self.limit}; it must be 0 (none) or more")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {self.alpha}; it must be finite")
 
     @property
     def native(self) -> _native.Activation:

@@ -54,7 +54,7 @@ def native_threads() -> NativeThreads:
 def set_num_threads(count: int) -> None:
     """Run native kernels on `count` threads. The default is one for each physical core, or
     KTCOMPILE_NUM_THREADS. Results do not depend on it. ValueError: `count` is below 1."""
-    if not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:
         raise ValueError(f"the number of threads is {count!r}; it must be a whole number of 1 or more")
     native_threads().resize(count)
 

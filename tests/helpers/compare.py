@@ -35,7 +35,7 @@ def assert_reduction(got: Tensor, wanted: Tensor, what: str = "") -> None:
     each element."""
     assert got.isfinite().all(), f"{what}: {int((~got.isfinite()).sum())} elements are not finite"
     unit = torch.finfo(got.dtype).eps
-    norm = max(4e-7, unit)
+    norm = max(1.5e-6, unit)
     error = relative_error(got, wanted)
     assert error <= norm, f"{what}: relative error {error:.2e}, allowed {norm:.2e}"
     scale = wanted.double().square().mean().sqrt()

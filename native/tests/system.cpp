@@ -1,0 +1,89 @@
+// Threads, memory, and the choice of an instruction set.
+#include <kt/buffer.h>
+#include <kt/nan_memory.h>
+#include <kt/thread_pool.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "check.h"
+#include "layer.h"
+
+namespace {
+
+using kt::dtype;
+
+void test_thread_pool() {
+  for (int size : {1, 2, 5}) {
+    kt::thread_pool pool(size);
+    check(pool.size() == size, "thread_pool::size");
+    std::vector<long> count(size * 16);
+    auto add = [&](int thread) { ++count[thread * 16]; };
+    const int runs = quick ? 100 : 3000;
+    for (int i = 0; i < runs; ++i) pool.run(add);
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // long enough to fall asleep
+    pool.run(add);
+    for (int t = 0; t < size; ++t) check(count[t * 16] == runs + 1, "each thread takes part in each run");
+  }
+  for (int i = 0; i < 20; ++i) kt::thread_pool idle(3);
+}
+
+void test_memory() {
+  for (std::size_t bytes : {1, 5000, 2 << 20, (4 << 20) + 1}) {
+    kt::buffer b(bytes);
+    check(b.bytes() >= bytes && b.as()[0] == 0 && b.as()[bytes - 1] == 0, "a buffer is zero");
+    check(bytes < (2u << 20) || reinterpret_cast<std::uintptr_t>(b.as()) % (2u << 20) == 0, "on a huge page");
+    b.as()[bytes - 1] = 1;
+    kt::buffer other = std::move(b);
+    check(!b.as() && other.as()[bytes - 1] == 1, "a buffer moves");
+  }
+  for (dtype type : dtypes) {
+    const std::size_t bytes = (std::size_t{33} << 20) + 6;
+    auto* p = static_cast<char*>(kt::map_nan(bytes, type));
+    bool all = true;
+    for (std::size_t at = 0; at + 4 <= bytes; at += 4092) all = all && is_nan(p + at, type);
+    check(all, std::string("map_nan reads as NaN of ") + name_of(type));
+    std::memset(p, 0, 4096);
+    check(is_nan(p + (16 << 20), type), "a write to map_nan shows in one place only");
+    kt::unmap_nan(p, bytes);
+  }
+}
+
+void test_dispatch() {
+  check(std::string(kt::select_isa(kt::feature::none).name) == "scalar", "without features: scalar");
+  check(!kt::find_isa("no such name") && kt::find_isa("scalar"), "find_isa");
+  const kt::isa& chosen = kt::select_isa(kt::cpu_features());
+  check(kt::runs_on(chosen, kt::cpu_features()), "the chosen ISA runs here");
+  for (const kt::isa& i : kt::all_isas()) {
+    check(kt::find_isa(i.name) == &i, std::string("find_isa ") + i.name);
+    check(i.required == 0 || !kt::runs_on(i, kt::feature::none), std::string(i.name) + " needs its features");
+    check(i.kernels->gemm[static_cast<int>(dtype::bf16)], std::string(i.name) + " runs bf16");
+  }
+  check(kt::executes(kt::cpu_features()), "this CPU executes what it reports");
+  check(!kt::executes(kt::feature::amx_int8 & ~kt::cpu_features()) || kt::cpu_features() & kt::feature::amx_int8 ||
+            (kt::feature::amx_int8 & ~kt::cpu_features()) == 0,
+        "tiles cannot be tried");
+}
+
+void test_probes() {
+  if (quick) return;
+  for (const kt::isa* i : isas) {
+    check(threads(2).read_bandwidth(*i->kernels, 4 << 20, 1) > 1e6, std::string("read_bandwidth of ") + i->name);
+    check(i->kernels->arithmetic(1000) > 0, std::string("arithmetic of ") + i->name);
+    const std::vector<char> some(1 << 12, 0x5a);
+    std::vector<char> odd = some;
+    odd[7] = 0;
+    check(i->kernels->read_bytes(some.data(), some.size()) != i->kernels->read_bytes(odd.data(), odd.size()),
+          std::string("read_bytes reads, ") + i->name);
+  }
+}
+
+}  // namespace
+
+const std::vector<test> system_tests = {
+    {"dispatch", test_dispatch},
+    {"memory", test_memory},
+    {"thread pool", test_thread_pool},
+    {"probes", test_probes},
+};

@@ -1,0 +1,233 @@
+// Conversions between formats, exhaustively where that is cheap, and the activations over all magnitudes.
+#include <algorithm>
+#include <cstdio>
+
+#include "check.h"
+#include "layer.h"
+
+namespace {
+
+using kt::activation;
+using kt::dtype;
+
+void test_pack_and_unpack() {
+  unsigned n = 8000;
+  for (dtype type : dtypes)
+    for (int layout = 0; layout < 8; ++layout)
+      for (std::size_t size : {1, 33}) {
+        layer_case c;
+        c.source = c.format = type;
+        c.interleaved = layout & 1;
+        c.transposed = layout & 2;
+        c.act.gated = layout & 4;
+        c.hidden = size;
+        c.intermediate = 20 - size / 2;
+        layer l(c, ++n), target(c, ++n);
+        for (elements* e : {&target.gate_up, &target.down})
+          for (std::size_t i = 0; i < e->size(); ++i) e->set(i, NAN);
+        const kt::experts packed = l.pack();
+        for (int i = 0; i < c.experts; ++i)
+          packed.unpack(i, target.gate_up_view(target.gate_up), target.down_view(target.down));
+        check(target.gate_up.bytes == l.gate_up.bytes && target.down.bytes == l.down.bytes,
+              "pack and unpack " + describe(c));
+      }
+}
+
+// All patterns of a type as the weights of one expert, read back in another type.
+elements convert(const elements& from, dtype format, dtype to) {
+  kt::experts_shape shape;
+  shape.num_experts = 1;
+  shape.hidden_size = 256;
+  shape.intermediate_size = from.size() / 256;
+  shape.act.gated = false;
+  elements source = from, gate_up(to, from.size()), down(to, from.size());
+  const auto view = [&](elements& e, std::ptrdiff_t k) { return kt::weight_view{e.bytes.data(), e.type, 0, k, 1}; };
+  const auto rows = static_cast<std::ptrdiff_t>(shape.intermediate_size);
+  kt::experts experts(shape, format);
+  experts.pack(0, view(source, 256), view(source, rows));
+  experts.unpack(0, view(gate_up, 256), view(down, rows));
+  check(gate_up.bytes == down.bytes, "gate_up and down convert alike");
+  return gate_up;
+}
+
+elements every_half(dtype type) {
+  elements e(type, 65536);
+  for (std::size_t i = 0; i < 65536; ++i)
+    reinterpret_cast<std::uint16_t*>(e.bytes.data())[i] = static_cast<std::uint16_t>(i);
+  return e;
+}
+
+// fp32 values around every value of a half-precision type and around the middles between neighbours.
+elements values_around(dtype type) {
+  elements e(dtype::f32, 65536 * 6);
+  auto* x = reinterpret_cast<float*>(e.bytes.data());
+  for (std::uint32_t i = 0; i < 65536; ++i) {
+    const auto h = static_cast<std::uint16_t>(i), next = static_cast<std::uint16_t>(i + 1);
+    const int bits = floats::exponent_bits(type);
+    const double value = floats::decode(h, bits), after = floats::decode(next, bits);
+    float middle = static_cast<float>((value + after) / 2);
+    if (!std::isfinite(middle)) middle = static_cast<float>(value * (1 + floats::unit(type)));
+    const float v = static_cast<float>(value);
+    const float around[] = {
+        v,      middle, std::nextafter(middle, 0.0f), std::nextafter(middle, INFINITY), std::nextafter(v, INFINITY),
+        -middle};
+    std::copy_n(around, 6, x + i * 6);
+  }
+  return e;
+}
+
+void check_bits(const elements& got, const elements& source, const std::string& what) {
+  for (std::size_t i = 0; i < source.size(); ++i) {
+    const double x = source.get(i), want = floats::round_to(x, got.type), y = got.get(i);
+    if (std::isnan(x) ? std::isnan(y) : y == want && std::signbit(y) == std::signbit(want)) continue;
+    char text[120];
+    std::snprintf(text, sizeof text, ": %.9g became %.9g, expected %.9g", x, y, want);
+    check(false, what + text);
+    return;
+  }
+  check(true, what);
+}
+
+void test_conversion_of_weights() {
+  for (dtype from : {dtype::f16, dtype::bf16})
+    for (dtype to : dtypes) {
+      const elements all = every_half(from);
+      check_bits(convert(all, to, to), all, std::string("weights ") + name_of(from) + " to " + name_of(to));
+      check_bits(convert(all, to, dtype::f32), convert(all, to, to), std::string("unpacking ") + name_of(to));
+    }
+  if (quick) return;
+  for (dtype to : {dtype::f16, dtype::bf16}) {
+    const elements around = values_around(to);
+    check_bits(convert(around, to, to), around, std::string("weights fp32 to ") + name_of(to));
+  }
+}
+
+void test_conversion_in_kernels() {
+  const std::int32_t index[1] = {0};
+  for (const kt::isa* i : isas) {
+    for (dtype from : dtypes) {
+      if (i->kernels->rows_in_bf16 && from != dtype::bf16) continue;
+      elements source = from == dtype::f32 ? values_around(dtype::f16) : every_half(from);
+      source.bytes.resize((65536 - 1) * size_of(from));  // no whole number of vectors
+      elements packed(i->kernels->rows_in_bf16 ? dtype::bf16 : dtype::f32, 65536);
+      {
+        const kernel_mode mode;
+        i->kernels->pack_rows({source.bytes.data(), from, 0, index, 1, source.size(), 65536, packed.bytes.data()});
+      }
+      const std::string label = std::string("rows of ") + name_of(from) + " [" + i->name + "]";
+      check_bits(packed, source, label);
+      check(packed.get(65535) == 0.0, label + ": the padding is zero");
+    }
+    for (dtype to : {dtype::f16, dtype::bf16}) {
+      if (quick) continue;
+      const elements around = values_around(to);
+      elements out(to, around.size());
+      {
+        const kernel_mode mode;
+        for (int columns : {32, 31})
+          i->kernels->store({reinterpret_cast<const float*>(around.bytes.data()), around.size() / 32, columns,
+                             out.bytes.data(), to, 32});
+      }
+      const std::string label = std::string("stores of ") + name_of(to) + " [" + i->name + "]";
+      for (std::size_t k = 0; k < around.size(); ++k) {
+        const double x = around.get(k), want = floats::round_to(x, to), got = out.get(k);
+        const bool denormal = std::fabs(x) < 0x1p-126;  // these may be kept or flushed
+        if (std::isnan(x) ? std::isnan(got) : got == want || (denormal && got == 0)) continue;
+        char text[120];
+        std::snprintf(text, sizeof text, ": %.9g became %.9g, expected %.9g", x, got, want);
+        check(false, label + text);
+        break;
+      }
+    }
+  }
+}
+
+std::vector<float> sweep() {
+  std::vector<float> x;
+  for (std::uint32_t i = 0; i < 65536; ++i) x.push_back(floats::from_bits(i << 16));
+  const int steps = quick ? 2'000 : 300'000;
+  for (int i = 0; i < steps; ++i) x.push_back(-100.0f + 200.0f * static_cast<float>(i) / static_cast<float>(steps));
+  for (int i = 0; i < steps; ++i) x.push_back(-6.0f + 12.0f * static_cast<float>(i) / static_cast<float>(steps));
+  for (float v : {88.2f, 88.3f, 88.37f, 88.38f, 88.5f, 88.7f, 88.73f, 89.0f, 87.2f, 87.3f, 87.34f, 127.0f, 128.0f})
+    for (float s : {v, -v}) x.push_back(s);
+  x.resize((x.size() + 31) / 32 * 32);
+  return x;
+}
+
+// Relative error that a right result may have, in units of 2^-24. The argument of the exponential is rounded before.
+double allowance(activation a, double x) {
+  switch (a) {
+    case activation::silu: return 3.5;
+    case activation::gelu_tanh: return 5 + 3 * std::min(90.0, 1.6 * std::fabs(x + 0.044715 * x * x * x));
+    case activation::gelu_erf: return 10 + 1.5 * std::min(200.0, x * x);
+    default: return 1;
+  }
+}
+
+double exact(activation a, double x) {
+  switch (a) {
+    case activation::silu: return x / (1 + std::exp(-x));
+    case activation::gelu_tanh: return x / (1 + std::exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)));
+    case activation::gelu_erf: return 0.5 * x * std::erfc(-x * 0.70710678118654752);
+    case activation::relu: return x > 0 ? x : 0;
+    default: return x > 0 ? x * x : 0;
+  }
+}
+
+void check_activation(activation a, float x, float got, const std::string& label) {
+  const double want = exact(a, x);
+  bool right;
+  if (std::isnan(x)) {
+    right = std::isnan(got);
+  } else if (std::isinf(x) && x < 0) {
+    right = std::isnan(got) || got == 0;  // 0 or, as torch has it, -inf * 0
+  } else if (std::fabs(want) > 3.4028234e38) {
+    right = std::isinf(got) && got > 0;
+  } else {
+    right = std::fabs(got - want) <= allowance(a, x) * 0x1p-24 * std::fabs(want) + 1e-35;
+  }
+  if (right) {
+    check(true, label);
+    return;
+  }
+  char text[120];
+  std::snprintf(text, sizeof text, "(%.9g) is %.9g, expected %.9g", x, got, want);
+  check(false, label + text);
+}
+
+void test_activations() {
+  const std::vector<float> x = sweep();
+  for (const kt::isa* i : isas) {
+    if (i->kernels->rows_in_bf16) continue;
+    for (activation a :
+         {activation::silu, activation::gelu_tanh, activation::gelu_erf, activation::relu, activation::relu2})
+      for (bool gated : {false, true}) {
+        const int width = gated ? 16 : 32, rows = static_cast<int>(x.size()) / width;
+        std::vector<float> c(x.size() * (gated ? 2 : 1), 1.0f), h(x.size(), NAN);  // up is 1
+        for (int r = 0; r < rows; ++r) std::copy_n(x.data() + r * width, width, c.data() + r * 32);
+        {
+          const kernel_mode mode;
+          for (int r = 0; r < rows; ++r)
+            i->kernels->activate({c.data() + r * 32,
+                                  1,
+                                  nullptr,
+                                  {a, gated, 1.0f, 0.0f},
+                                  false,
+                                  0,
+                                  static_cast<std::size_t>(width),
+                                  h.data() + r * width});
+        }
+        const std::string label = std::string("[") + i->name + "] " + name_of(a);
+        for (std::size_t k = 0; k < x.size(); ++k) check_activation(a, x[k], h[k], label);
+      }
+  }
+}
+
+}  // namespace
+
+const std::vector<test> value_tests = {
+    {"pack and unpack", test_pack_and_unpack},
+    {"conversion of weights", test_conversion_of_weights},
+    {"conversion in kernels", test_conversion_in_kernels},
+    {"activations", test_activations},
+};
