@@ -115,7 +115,7 @@ def run(benchmark: MoeBenchmark, progress: Callable[[str], None]) -> MoeReport:
             for tokens in benchmark.tokens:
                 for name, worker in workers.items():
                     progress(f"round {turn + 1} of {benchmark.rounds}: {tokens} tokens, {name}")
-                    repeats = max(2, min(12, 512 // tokens))
+                    repeats = max(2, min(40, 512 // tokens))
                     times[name, tokens] += worker.time(tokens, repeats, seed=1000 * turn)
             ceilings.append(workers[OURS].measure_ceilings())
         errors = {name: worker.error for name, worker in workers.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import math
 from dataclasses import asdict, dataclass
 
 from ktcompile import _native
