@@ -61,7 +61,7 @@ def take(module: nn.Module) -> None:
     spec, names, reason = _facts(module)
     assert not reason
     weights = [None if name is None else getattr(module, name) for name in names]
-    take_weights(expert_store(), weights, ExpertsSpec.decode(spec))
+    take_weights(expert_store(), module, weights, ExpertsSpec.decode(spec))
 
 
 def experts_forward(

@@ -35,8 +35,8 @@ class _Entry:
 class ExpertStore:
     """Finds the packed form of weights, packing them when they are new or were written to since.
 
-    A tensor is known by its storage and by where in it the tensor begins, so that a detached tensor or the
-    tensor that a compiled graph receives is the same as the module's parameter.
+    A tensor is known by its storage and by where in it the tensor lies, so that a detached tensor or the tensor
+    that a compiled graph receives is the same as the module's parameter.
     """
 
     def __init__(self) -> None:
@@ -46,11 +46,11 @@ class ExpertStore:
     def get(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
         """Return the packed form of (gate_up_proj, down_proj, gate_up_bias, down_bias)."""
         key = _key(weights, spec)
-        entry = self._entries.get(key)
-        if entry is not None and entry.versions == _versions(weights) and not entry.stale():
-            return entry.packed
-        with self._lock:
-            return self._pack(key, weights, spec).packed
+        packed = self._find(key, weights)
+        if packed is not None:
+            return packed
+        with self._lock:  # another thread may have packed them meanwhile
+            return self._find(key, weights) or self._pack(key, weights, spec).packed
 
     def take(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
         """Pack the weights and free their storage. The tensors then read as NaN, of the same shape and strides;
@@ -73,15 +73,25 @@ class ExpertStore:
         entry = self._entries.get(_key(weights, spec))
         return entry is not None and entry.taken and entry.versions == _versions(weights)
 
+    def _find(self, key: Key, weights: Sequence[torch.Tensor | None]) -> PackedExperts | None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.versions == _versions(weights) and not entry.stale():
+            return entry.packed
+        return None
+
     def _pack(self, key: Key, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> _Entry:
         gate_up, down, gate_up_bias, down_bias = weights
         assert gate_up is not None and down is not None
         for stale in [k for k, e in self._entries.items() if e.stale()]:
             del self._entries[stale]
+        known = self._entries.get(key)
+        if known is not None and known.taken:
+            _restore(known, weights)
         packed = PackedExperts(gate_up, down, gate_up_bias, down_bias, spec)
         entry = _Entry(packed, _versions(weights), _storages(weights))
         self._entries[key] = entry
-        self._forget_with(weights, key)
+        if known is None:
+            self._forget_with(weights, key)
         return entry
 
     def _forget_with(self, weights: Sequence[torch.Tensor | None], key: Key) -> None:
@@ -90,18 +100,32 @@ class ExpertStore:
             weakref.finalize(weights[0], self._entries.pop, key, None)
 
 
+def _restore(taken: _Entry, weights: Sequence[torch.Tensor | None]) -> None:
+    """Put back the taken weights that were not written to: one of the others was, or a bias."""
+    gate_up, down = weights[:2]
+    assert gate_up is not None and down is not None
+    unpacked = torch.empty_like(gate_up), torch.empty_like(down)
+    taken.packed.unpack_into(*unpacked)
+    for weight, version, values in zip((gate_up, down), taken.versions, unpacked, strict=False):
+        if weight._version == version:
+            weight.data.copy_(values)
+
+
 def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of NaN with the shape and strides of `tensor`, which takes no memory."""
     length = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     size = length * tensor.element_size()
     address = _native.map_nan(size, native_dtype(tensor.dtype, "the weight"))
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, _native.unmap_nan, address, size)
+    unmap = weakref.finalize(memory, _native.unmap_nan, address, size)
+    unmap.atexit = False  # whoever still holds the tensor then may read it
     return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def _key(weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> Key:
-    places = tuple((w.untyped_storage()._cdata, w.storage_offset()) for w in weights if w is not None)
+    places = tuple(
+        (w.untyped_storage()._cdata, w.storage_offset(), w.shape, w.stride()) for w in weights if w is not None
+    )
     return (*places, spec)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.packed import PACKED, PackedInput
+from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.store import ExpertStore, expert_store
 from ktcompile.runtime.take import take_weights
 
@@ -46,11 +48,11 @@ def build(
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
     if not packed:
         return compile_inner(gm, list(example_inputs))
-    store = expert_store()
+    store, owners = expert_store(), ParameterOwners()
     handles = []
     for p in packed:
         weights = _weights(example_inputs, p)
-        experts = take_weights(store, weights, p.spec) if take else store.get(weights, p.spec)
+        experts = _take(store, owners, weights, p) if take else store.get(weights, p.spec)
         handles.append(experts.handle)
     replaced = {i for p in packed for i in p.positions if i is not None}
     kept = []
@@ -62,6 +64,15 @@ def build(
     gm.recompile()
     inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *handles])
     return Executable(inner, kept, packed, store)
+
+
+def _take(
+    store: ExpertStore, owners: ParameterOwners, weights: list[torch.Tensor | None], packed: PackedInput
+) -> PackedExperts:
+    owner = None if weights[0] is None else owners.find(weights[0])
+    if owner is None:
+        raise ValueError("weights='take' needs weights that are parameters of a module; use weights='copy'")
+    return take_weights(store, owner.module, weights, packed.spec)
 
 
 def _weights(args: Sequence[Any], packed: PackedInput) -> list[torch.Tensor | None]:
