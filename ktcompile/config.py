@@ -55,7 +55,10 @@ class CompileOptions:
         given.setdefault("dump_graphs", env.read().dump_graphs)
         if isinstance(given["dump_graphs"], str):
             given["dump_graphs"] = Path(given["dump_graphs"])
-        given["disable_passes"] = tuple(given.get("disable_passes", ()))
+        disabled = given.get("disable_passes", ())
+        if isinstance(disabled, str):
+            raise ValueError(f"disable_passes is {disabled!r}; it must be a list of names")
+        given["disable_passes"] = tuple(disabled)
         return cls(**given)
 
 

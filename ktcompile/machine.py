@@ -72,6 +72,10 @@ def _features(changes: tuple[str, ...]) -> tuple[str, ...]:
     features = list(_native.cpu_features())
     for change in changes:
         name = change[1:]
+        try:
+            _native.isas_for([name])
+        except ValueError as error:
+            raise ValueError(f"KTCOMPILE_FEATURES has {change!r}: {error}") from None
         if change[0] == "-":
             features = [f for f in features if f != name]
         elif name not in features:

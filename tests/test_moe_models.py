@@ -17,6 +17,8 @@ from helpers.moe_models import (
 )
 from torch import Tensor, fx
 
+pytestmark = pytest.mark.slow
+
 CLASSES = decorated_experts_classes()
 NAMES = [class_name for _, class_name in CLASSES]
 

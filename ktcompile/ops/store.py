@@ -65,7 +65,7 @@ class ExpertStore:
                 weight.data = _nan_like(weight)
             entry = _Entry(packed, _versions(weights), _storages(weights), taken=True)
             self._entries[_key(weights, spec)] = entry
-            self._forget_with(weights, _key(weights, spec))
+            self._forget_with(weights[0], _key(weights, spec))
             return packed
 
     def is_taken(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> bool:
@@ -82,8 +82,8 @@ class ExpertStore:
     def _pack(self, key: Key, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> _Entry:
         gate_up, down, gate_up_bias, down_bias = weights
         assert gate_up is not None and down is not None
-        for stale in [k for k, e in self._entries.items() if e.stale()]:
-            del self._entries[stale]
+        for stale in [k for k, e in list(self._entries.items()) if e.stale()]:
+            self._entries.pop(stale, None)
         known = self._entries.get(key)
         if known is not None and known.taken:
             _restore(known, weights)
@@ -91,13 +91,12 @@ class ExpertStore:
         entry = _Entry(packed, _versions(weights), _storages(weights))
         self._entries[key] = entry
         if known is None:
-            self._forget_with(weights, key)
+            self._forget_with(gate_up.untyped_storage(), key)
         return entry
 
-    def _forget_with(self, weights: Sequence[torch.Tensor | None], key: Key) -> None:
-        """Drop the packed form once the parameter that it came from is gone."""
-        if isinstance(weights[0], torch.nn.Parameter):
-            weakref.finalize(weights[0], self._entries.pop, key, None)
+    def _forget_with(self, source: object, key: Key) -> None:
+        """Drop the packed form once what it came from is gone."""
+        weakref.finalize(source, self._entries.pop, key, None)
 
 
 def _restore(taken: _Entry, weights: Sequence[torch.Tensor | None]) -> None:

@@ -1,0 +1,123 @@
+"""What the machine is, and what KTCOMPILE_ISA and KTCOMPILE_FEATURES make of it."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from helpers.processes import run_python
+
+from ktcompile import _native
+from ktcompile.machine import Machine, check_isa, machine
+
+
+@pytest.fixture
+def machine_with(monkeypatch):
+    """A function that reads the machine anew under given variables."""
+
+    def read(isa: str | None = None, features: str | None = None) -> Machine:
+        for name, value in (("KTCOMPILE_ISA", isa), ("KTCOMPILE_FEATURES", features)):
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        return machine.__wrapped__()
+
+    return read
+
+
+def test_facts_are_plausible(machine_with):
+    m = machine_with()
+    assert m.cpu and m.isas[-1] == "scalar" and m.isa in m.isas
+    assert 1 <= m.cores <= m.cpus == len(os.sched_getaffinity(0))
+    assert m.numa_nodes >= 1 and m.memory_bytes > 2**28
+    assert set(m.isas) <= set(_native.isas())
+    assert machine() is machine()
+
+
+def test_the_best_isa_is_chosen(machine_with):
+    m = machine_with()
+    same_arithmetic = {"avx512", "avx512_bf16"}  # the faster of the two, by measurement
+    assert m.isa == m.isas[0] or {m.isa, m.isas[0]} <= same_arithmetic
+
+
+def test_each_isa_can_be_forced(machine_with):
+    for isa in machine_with().isas:
+        assert machine_with(isa=isa).isa == isa
+
+
+def test_an_unknown_isa(machine_with):
+    with pytest.raises(ValueError, match=r"ISA 'avx9' is unknown; this build has .*scalar"):
+        machine_with(isa="avx9")
+
+
+def test_an_isa_that_the_machine_lacks(machine_with):
+    hidden = ",".join(f"-{name}" for name in _native.cpu_features())
+    assert machine_with(features=hidden).isas == ("scalar",)
+    for isa in set(_native.isas()) - {"scalar"}:
+        with pytest.raises(ValueError, match=f"ISA '{isa}' does not run on this machine, which has scalar"):
+            machine_with(isa=isa, features=hidden)
+        with pytest.raises(ValueError, match=f"'{isa}'"):
+            check_isa(isa, ("scalar",))
+
+
+def test_hidden_features_hide_their_isas(machine_with):
+    whole = machine_with()
+    for feature in whole.features:
+        rest = machine_with(features=f"-{feature}")
+        assert rest.features == tuple(f for f in whole.features if f != feature)
+        assert set(rest.isas) <= set(whole.isas)
+    if "avx512" in whole.isas:
+        assert not {"avx512", "avx512_bf16"} & set(machine_with(features="-avx512").isas)
+
+
+def test_a_feature_that_is_there_can_be_added(machine_with):
+    for feature in machine_with().features:
+        assert machine_with(features=f"+{feature}") == machine_with()
+
+
+def test_a_feature_that_the_cpu_does_not_execute(machine_with):
+    missing = [f for f in ("amx_int8", "amx_bf16", "avx_vnni") if not _native.executes([f])]
+    for feature in missing:
+        with pytest.raises(ValueError, match=re.escape(f"'+{feature}', which this CPU does not execute")):
+            machine_with(features=f"+{feature}")
+
+
+@pytest.mark.parametrize("change", ["+avx521", "-avx521", "+", "-"])
+def test_an_unknown_feature(machine_with, change):
+    with pytest.raises(ValueError, match=re.escape(f"KTCOMPILE_FEATURES has {change!r}: no CPU feature is called")):
+        machine_with(features=change)
+
+
+def test_selection_takes_features_alone():
+    assert _native.select_isa([]) == "scalar" and _native.isas_for([]) == ["scalar"]
+    assert "avx2" in _native.isas_for(["avx2"]) and "avx512" not in _native.isas_for(["avx2"])
+    assert "avx512_bf16" not in _native.isas_for(["avx512"]) and "avx512_bf16" not in _native.isas_for(["avx512_bf16"])
+    if "avx2" in _native.cpu_features():
+        assert _native.select_isa(["avx2"]) == "avx2"
+
+
+PROGRAM = """
+import torch, ktcompile
+from ktcompile.machine import machine
+torch.manual_seed(0)
+experts = ktcompile.ops.pack_experts(torch.randn(4, 64, 48).bfloat16(), torch.randn(4, 48, 32).bfloat16())
+out = ktcompile.ops.moe(torch.randn(9, 48).bfloat16(), torch.randint(4, (9, 2)), torch.rand(9, 2), experts)
+print(experts.isa, ",".join(machine().isas), out.float().double().sum().item(), out.float().square().sum().item())
+"""
+
+
+@pytest.mark.skipif("avx512" not in machine().isas, reason="needs an ISA to hide")
+def test_variables_reach_the_kernels():
+    assert run_python(PROGRAM, env={"KTCOMPILE_ISA": "scalar"}).split()[0] == "scalar"
+    isa, isas, *_ = run_python(PROGRAM, env={"KTCOMPILE_FEATURES": "-avx512"}).split()
+    assert isa == "avx2" and isas == "avx2,scalar"
+
+
+@pytest.mark.skipif(not _native.executes(["avx512_bf16"]), reason="this CPU does not execute AVX512-BF16")
+def test_a_feature_that_the_cpu_hides_can_be_added_and_gives_the_same_bits():
+    variables = {"KTCOMPILE_FEATURES": "+avx512_bf16", "KTCOMPILE_ISA": "avx512_bf16"}
+    isa, isas, *numbers = run_python(PROGRAM, env=variables).split()
+    assert isa == "avx512_bf16" and isas.startswith("avx512_bf16,avx512,")
+    assert run_python(PROGRAM, env={"KTCOMPILE_ISA": "scalar"}).split()[2:] == numbers
