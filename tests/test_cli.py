@@ -323,6 +323,15 @@ def test_generate_says_what_to_do_without_the_packaged_model(capsys, monkeypatch
     assert "name a model" in one_error_line(capsys)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT interrupts, even where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_what_there_is(model, capsys, monkeypatch):
     tokens = byte_level_tokenizer()("abc\U0001f600")["input_ids"]
 
