@@ -129,7 +129,7 @@ def test_gradients_fall_back_to_the_stock_experts(caplog: pytest.LogCaptureFixtu
     assert all("gradients" in reason for r in reports for reason in r.fallbacks) and reports[0].fallbacks
 
 
-@pytest.mark.parametrize("backend", [None, "kt", "aot_eager"])
+@pytest.mark.parametrize("backend", [None, "kt", "aot_eager", "inductor"])
 def test_experts_implementation(backend: str | None) -> None:
     model = make_model()
     wanted = logits(model, ids(9))
@@ -159,6 +159,57 @@ def test_layers_that_share_a_graph_keep_their_own_experts() -> None:
     assert len(ktcompile.compile_reports()) < 4, "the layers were expected to share a graph"
 
 
+def test_models_that_share_a_graph_keep_their_own_experts() -> None:
+    models = [make_model(seed) for seed in (0, 1, 2)]
+    wanted = [logits(model, ids(9)) for model in models]
+
+    @torch.compile(backend="kt", fullgraph=True, options=EAGER)
+    def run(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens, use_cache=False).logits
+
+    with torch.no_grad():
+        for n in (0, 1, 2, 0, 1):
+            assert relative_error(run(models[n], ids(9)), wanted[n]) < 1e-5
+    assert len(ktcompile.compile_reports()) < 3, "the models were expected to share a graph"
+
+
+def test_layers_that_share_their_experts() -> None:
+    model = make_model()
+    model.model.layers[1].mlp.experts = model.model.layers[0].mlp.experts
+    compiled = torch.compile(model, backend="kt", options=EAGER)
+    assert relative_error(logits(compiled, ids(9)), logits(model, ids(9))) < 1e-5
+
+
+def test_gradients_after_a_call_without() -> None:
+    model, twin = make_model(), make_model()
+    compiled = torch.compile(model, backend="kt", options=EAGER)
+    before = logits(compiled, ids(6))
+    for m in (compiled, twin):
+        m(ids(6), labels=ids(6), use_cache=False).loss.backward()
+    got, wanted = (m.model.layers[0].mlp.experts.down_proj.grad for m in (model, twin))
+    assert relative_error(got, wanted) < 1e-5
+    assert torch.equal(logits(compiled, ids(6)), before)
+    assert [r.moe_fused for r in ktcompile.compile_reports()] == [2, 0]
+
+
+def test_nothing_to_train_is_fused_with_gradients_enabled() -> None:
+    model = make_model().requires_grad_(False)
+    compiled = torch.compile(model, backend="kt", options=EAGER)
+    assert relative_error(compiled(ids(9), use_cache=False).logits, logits(model, ids(9))) < 1e-5
+    assert ktcompile.compile_reports()[0].moe_fused == 2
+    with torch.inference_mode():
+        assert relative_error(compiled(ids(9), use_cache=False).logits, logits(model, ids(9))) < 1e-5
+
+
+def test_inputs_that_need_gradients_keep_the_stock_experts() -> None:
+    model = make_model().requires_grad_(False)
+    compiled = torch.compile(model, backend="kt", options=EAGER)
+    embedded = [model.get_input_embeddings()(ids(6)).clone().requires_grad_() for _ in range(2)]
+    for m, x in zip((compiled, model), embedded, strict=True):
+        m(inputs_embeds=x, use_cache=False).logits.square().sum().backward()
+    assert relative_error(embedded[0].grad, embedded[1].grad) < 1e-5
+
+
 def test_a_write_to_the_weights_is_seen() -> None:
     model = make_model()
     compiled = torch.compile(model, backend="kt", options=EAGER)
@@ -182,6 +233,25 @@ def test_taken_weights_exist_once() -> None:
     model.load_state_dict(other.state_dict())
     assert relative_error(logits(compiled, ids(9)), logits(other, ids(9))) < 1e-5
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_taken_weights_are_saved(tmp_path: Path) -> None:
+    model = make_model()
+    wanted = logits(model, ids(9))
+    logits(torch.compile(model, backend="kt", options={**EAGER, "weights": "take"}), ids(9))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Qwen3MoeForCausalLM.from_pretrained(tmp_path).eval(), ids(9)), wanted)
+    model.set_experts_implementation("kt")  # finds the same packed weights
+    assert relative_error(logits(model, ids(9)), wanted) < 1e-5
+
+
+def test_taken_weights_are_not_packed_for_another_format() -> None:
+    model = make_model()
+    logits(torch.compile(model, backend="kt", options={**EAGER, "weights": "take"}), ids(9))
+    torch._dynamo.reset()
+    other = torch.compile(model, backend="kt", options={**EAGER, "weight_format": "bf16"})
+    with pytest.raises(Exception, match="the weights were taken and exist only packed"):
+        logits(other, ids(9))
 
 
 def test_taking_frees_memory(tmp_path: Path) -> None:
@@ -272,3 +342,20 @@ def test_mode_is_handed_to_inductor() -> None:
     model = make_model(num_hidden_layers=1)
     compiled = torch.compile(model, backend="kt", mode="max-autotune-no-cudagraphs")
     assert relative_error(logits(compiled, ids(9)), logits(model, ids(9))) < 1e-5
+
+
+def test_a_process_that_compiled_ends_cleanly() -> None:
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_backend import ids, logits, make_model
+        import ktcompile, torch
+        ktcompile.set_num_threads(4)
+        model = make_model()
+        compiled = torch.compile(model, backend="kt", options={{"weights": "take"}})
+        print(logits(compiled, ids(9)).isfinite().all().item())
+    """
+    command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.split()[-1]) == (0, "True"), result.stderr
+    assert not any(word in result.stderr for word in ("Traceback", "Fatal", "leaked", "terminate"))

@@ -174,6 +174,18 @@ def test_specs_are_told_apart():
     assert store.get(module.weights, layer.spec) is not store.get(module.weights, other.spec)
 
 
+def test_taken_weights_serve_one_spec_until_they_are_loaded_again():
+    store, module, layer = ExpertStore(), owned(small_layer()), small_layer()
+    other = replace(layer, spec=replace(layer.spec, weight_format="fp16"))
+    take_weights(store, module, module.weights, layer.spec)
+    for use in (store.get, store.take):
+        with pytest.raises(ValueError, match=r"the weights were taken and exist only packed, for .*'auto'"):
+            use(module.weights, other.spec)
+    check_result(store.get(module.weights, layer.spec), layer)
+    module.load_state_dict(module.state_dict())
+    check_result(store.get(module.weights, other.spec), other)
+
+
 def test_parts_of_one_storage_are_told_apart():
     store, layers = ExpertStore(), [small_layer(seed) for seed in (1, 2)]
     gate_up, down = (torch.stack([getattr(layer, n) for layer in layers]) for n in ("gate_up", "down"))

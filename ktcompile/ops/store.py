@@ -44,7 +44,8 @@ class ExpertStore:
         self._lock = threading.RLock()
 
     def get(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
-        """Return the packed form of (gate_up_proj, down_proj, gate_up_bias, down_bias)."""
+        """Return the packed form of (gate_up_proj, down_proj, gate_up_bias, down_bias). ValueError: they were taken
+        for another spec."""
         key = _key(weights, spec)
         packed = self._find(key, weights)
         if packed is not None:
@@ -84,6 +85,7 @@ class ExpertStore:
         assert gate_up is not None and down is not None
         for stale in [k for k, e in list(self._entries.items()) if e.stale()]:
             self._entries.pop(stale, None)
+        self._check_not_taken(key, weights)
         known = self._entries.get(key)
         if known is not None and known.taken:
             _restore(known, weights)
@@ -93,6 +95,14 @@ class ExpertStore:
         if known is None:
             self._forget_with(gate_up.untyped_storage(), key)
         return entry
+
+    def _check_not_taken(self, key: Key, weights: Sequence[torch.Tensor | None]) -> None:
+        for other, entry in list(self._entries.items()):
+            if entry.taken and other[:-1] == key[:-1] and other != key and entry.versions == _versions(weights):
+                raise ValueError(
+                    f"the weights were taken and exist only packed, for {other[-1]}; to use them for {key[-1]}, load"
+                    " the model's state_dict() into it first"
+                )
 
     def _forget_with(self, source: object, key: Key) -> None:
         """Drop the packed form once what it came from is gone."""
