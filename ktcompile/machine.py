@@ -23,7 +23,7 @@ class Machine:
     cpu: model name. features: CPU features that kernels may use, after KTCOMPILE_FEATURES.
     isas: instruction sets whose kernels run here, best first. isa: the one that is used.
     cpus: logical CPUs that this process may use. cores: physical cores among them.
-    numa_nodes: number of NUMA nodes with memory. memory_bytes: physical memory. gpus: their names.
+    numa_nodes: NUMA nodes with memory and with CPUs among them. memory_bytes: physical memory. gpus: their names.
     """
 
     cpu: str
@@ -53,7 +53,7 @@ def machine() -> Machine:
         isa=check_isa(settings.isa, isas) if settings.isa else _native.select_isa(list(features)),
         cpus=len(os.sched_getaffinity(0)),
         cores=_physical_cores(os.sched_getaffinity(0)),
-        numa_nodes=max(1, len(list(_SYS_NODE.glob("node[0-9]*")))),
+        numa_nodes=_numa_nodes(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=_gpus(),
     )
@@ -104,6 +104,28 @@ def _physical_cores(cpus: set[int]) -> int:
         except OSError:
             return len(cpus)
     return len(cores)
+
+
+def _numa_nodes(cpus: set[int]) -> int:
+    """Count nodes with memory that own one of `cpus`: memory alone (CXL, HBM) has no threads that could work on it.
+
+    1 where /sys does not say. The native code also gives CPUs of nodes without memory to their nearest neighbour.
+    """
+    try:
+        with_memory = _cpu_list((_SYS_NODE / "has_memory").read_text())
+        nodes = [n for n in with_memory if cpus & _cpu_list((_SYS_NODE / f"node{n}/cpulist").read_text())]
+    except (OSError, ValueError):
+        return 1
+    return max(1, len(nodes))
+
+
+def _cpu_list(text: str) -> set[int]:
+    """Return the numbers in a list as Linux writes it: "0-3,8"."""
+    numbers: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def _gpus() -> tuple[str, ...]:

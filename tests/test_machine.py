@@ -36,6 +36,30 @@ def test_facts_are_plausible(machine_with):
     assert machine() is machine()
 
 
+@pytest.mark.parametrize(
+    "has_memory, cpulists, cpus, nodes",
+    [
+        ("0-1", ["0,2", "1,3"], {0, 1, 2, 3}, 2),
+        ("0-1", ["0,2", "1,3"], {0, 2}, 1),
+        ("0-2", ["0-1", "2-3", ""], {0, 3}, 2),
+        ("0", ["0-1", "2-3"], {2, 3}, 1),
+        ("0-1", ["0-1"], {0, 1}, 1),
+        ("junk", ["0", "1"], {0, 1}, 1),
+        (None, ["0", "1"], {0, 1}, 1),
+    ],
+    ids=["two", "of one no CPU is allowed", "memory alone", "CPUs alone", "no such node", "junk", "no list"],
+)
+def test_numa_nodes(tmp_path, monkeypatch, has_memory, cpulists, cpus, nodes):
+    if has_memory is not None:
+        (tmp_path / "has_memory").write_text(f"{has_memory}\n")
+    for node, cpulist in enumerate(cpulists):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}/cpulist").write_text(f"{cpulist}\n")
+    monkeypatch.setattr("ktcompile.machine._SYS_NODE", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: cpus)
+    assert machine.__wrapped__().numa_nodes == nodes
+
+
 def test_the_best_isa_is_chosen(machine_with):
     m = machine_with()
     same_arithmetic = {"avx512", "avx512_bf16"}  # the faster of the two, by measurement

@@ -1,4 +1,7 @@
 #include <kt/thread_pool.h>
+#include <kt/topology.h>
+
+#include <cassert>
 
 namespace kt {
 namespace {
@@ -23,8 +26,13 @@ void wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
 
 }  // namespace
 
-thread_pool::thread_pool(int threads) {
-  for (int t = 0; t + 1 < threads; ++t) workers_.emplace_back([this, t] { work(t); });
+thread_pool::thread_pool(int threads, const std::vector<int>& cpus) {
+  assert(cpus.empty() || cpus.size() == static_cast<std::size_t>(threads));
+  for (int t = 0; t + 1 < threads; ++t)
+    workers_.emplace_back([this, t, cpu = cpus.empty() ? -1 : cpus[t]] {
+      pin_thread(cpu);
+      work(t);
+    });
 }
 
 thread_pool::~thread_pool() {

@@ -1,4 +1,4 @@
-// Page-aligned memory, in huge pages where the system has them.
+// Page-aligned memory, in huge pages where the system has them, on a NUMA node of choice.
 #pragma once
 #include <cstddef>
 #include <utility>
@@ -8,29 +8,34 @@ namespace kt {
 class buffer {
  public:
   buffer() = default;
-  explicit buffer(std::size_t bytes);  // zeroed; throws std::bad_alloc
+  // Zeroed; throws std::bad_alloc. `node`: id of the NUMA node whose memory it takes while there is some; -1: as the
+  // kernel likes, and so too for a node that this machine lacks or that this process may not use.
+  explicit buffer(std::size_t bytes, int node = -1);
   buffer(buffer&& other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)), node_(other.node_) {}
   buffer& operator=(buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
+    std::swap(node_, other.node_);
     return *this;
   }
   ~buffer();
 
-  // At least `bytes`; the contents are lost when it grows.
+  // At least `bytes`, on the same node; the contents are lost when it grows.
   void reserve(std::size_t bytes) {
-    if (bytes > bytes_) *this = buffer(bytes);
+    if (bytes > bytes_) *this = buffer(bytes, node_);
   }
   template <class T = char>
   T* as(std::size_t offset_bytes = 0) const {
     return reinterpret_cast<T*>(static_cast<char*>(data_) + offset_bytes);
   }
   std::size_t bytes() const { return bytes_; }
+  int node() const { return node_; }
 
  private:
   void* data_ = nullptr;
   std::size_t bytes_ = 0;
+  int node_ = -1;
 };
 
 }  // namespace kt

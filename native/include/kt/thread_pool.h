@@ -9,7 +9,9 @@ namespace kt {
 
 class thread_pool {
  public:
-  explicit thread_pool(int threads);
+  // `cpus`: empty, or for each thread the CPU that it stays on, -1 for any. The last is not heeded: it is the calling
+  // thread's, whose affinity belongs to the user.
+  explicit thread_pool(int threads, const std::vector<int>& cpus = {});
   ~thread_pool();
   thread_pool(const thread_pool&) = delete;
   thread_pool& operator=(const thread_pool&) = delete;
