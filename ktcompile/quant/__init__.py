@@ -1,5 +1,23 @@
 """Weight formats: what one stores for a weight and how it is computed with."""
 
-from ktcompile.quant.formats import FORMATS, WeightFormat, native_dtype, resolve_format
+from ktcompile.quant.activations import quantize_rows
+from ktcompile.quant.formats import (
+    ALIASES,
+    DEFINED,
+    FORMATS,
+    QuantizedWeight,
+    WeightFormat,
+    native_dtype,
+    resolve_format,
+)
 
-__all__ = ["FORMATS", "WeightFormat", "native_dtype", "resolve_format"]
+__all__ = [
+    "ALIASES",
+    "DEFINED",
+    "FORMATS",
+    "QuantizedWeight",
+    "WeightFormat",
+    "native_dtype",
+    "quantize_rows",
+    "resolve_format",
+]
