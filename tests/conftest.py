@@ -6,6 +6,11 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+
+# Where other programs run too, torch's threads would wait for each other by spinning, a time slice at each step of the
+# reference. It is read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 import ktcompile

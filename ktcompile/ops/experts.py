@@ -1,4 +1,4 @@
-"""Packing of experts: from plain tensors to the kernels' layout, and back.
+"""Packing of experts: from plain or quantised tensors to the kernels' layout, and back.
 
 Shape suffixes: E experts, H hidden_size, I intermediate_size.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -15,7 +16,8 @@ from ktcompile import _native
 from ktcompile.machine import check_isa, machine
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads
-from ktcompile.quant import WeightFormat, native_dtype, resolve_format
+from ktcompile.ops.weights import Weight, native_format, quantized_address
+from ktcompile.quant import QuantizedWeight, WeightFormat, native_dtype, resolve_format
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
@@ -30,8 +32,8 @@ class PackedExperts:
 
     def __init__(
         self,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
+        gate_up_proj: Weight,
+        down_proj: Weight,
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         spec: ExpertsSpec,
@@ -39,18 +41,19 @@ class PackedExperts:
         shape = _check_weights(gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
         self.spec = spec
         self.num_experts, self.hidden_size, self.intermediate_size = shape
-        self.format: WeightFormat = resolve_format(spec.weight_format, gate_up_proj.dtype)
+        self.format = _format_of(gate_up_proj, down_proj, spec)
         self.isa = check_isa(spec.isa, machine().isas) if spec.isa else machine().isa
         self.native = _native.Experts(
             *shape,
-            self.format.native,
+            native_format(self.format, *(w for w in (gate_up_proj, down_proj) if isinstance(w, QuantizedWeight))),
             spec.activation.native,
             spec.activation.gated,
             spec.interleaved,
             spec.activation.alpha,
             spec.activation.limit,
+            _native.numa_nodes(),
         )
-        self._each_expert(self.native.pack, gate_up_proj, down_proj)
+        self._pack(gate_up_proj, down_proj)
         if gate_up_bias is not None and down_bias is not None:
             self._pack_bias(gate_up_bias, down_bias)
         number = next(_numbers)
@@ -62,21 +65,37 @@ class PackedExperts:
         return self.native.nbytes
 
     def unpack_into(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
-        """Write the weights into tensors of the shapes that they were packed from."""
+        """Write the weights, dequantised, into tensors of the shapes that they were packed from."""
         _check_weights(gate_up_proj, down_proj, None, None, self.spec)
-        self._each_expert(self.native.unpack, gate_up_proj, down_proj)
+        self._each_expert(lambda e: self.native.unpack(e, *self._places(gate_up_proj, down_proj)))
 
-    def _each_expert(self, work: object, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+    def _pack(self, gate_up: Weight, down: Weight) -> None:
+        if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
+            if self.format.codec is None:
+                self._each_expert(lambda e: self.native.pack(e, *self._places(gate_up, down)))
+            else:
+                self._each_expert(lambda e: self._quantize(e, gate_up, down))
+        else:
+            places = [quantized_address(w) for w in (gate_up, down) if isinstance(w, QuantizedWeight)]
+            self._each_expert(lambda e: self.native.pack_quantized(e, *places))
+
+    def _quantize(self, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        names = (f"gate_up_proj of expert {expert}", f"down_proj of expert {expert}")
+        codes = []
+        for name, weight in zip(names, (gate_up[expert], down[expert]), strict=True):
+            codes.append(self.format.quantize(weight.mT if self.spec.transposed else weight, name))
+        self.native.pack_quantized(expert, *(quantized_address(c) for c in codes))
+
+    def _places(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[object, ...]:
+        """Return what the native functions take: addresses, strides of (expert, out, in), dtype."""
         dtype = native_dtype(gate_up.dtype, "gate_up_proj")
-        # Native strides are (expert, out, in).
         order = (0, 2, 1) if self.spec.transposed else (0, 1, 2)
         gate_up_strides, down_strides = (tuple(t.stride(i) for i in order) for t in (gate_up, down))
+        return gate_up.data_ptr(), gate_up_strides, down.data_ptr(), down_strides, dtype
 
-        def one(expert: int) -> None:
-            work(expert, gate_up.data_ptr(), gate_up_strides, down.data_ptr(), down_strides, dtype)  # type: ignore[operator]
-
+    def _each_expert(self, work: Callable[[int], None]) -> None:
         with ThreadPoolExecutor(get_num_threads()) as pool:
-            list(pool.map(one, range(self.num_experts)))
+            list(pool.map(work, range(self.num_experts)))
 
     def _pack_bias(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         dtype = native_dtype(gate_up.dtype, "gate_up_bias")
@@ -91,8 +110,8 @@ class PackedExperts:
 
 
 def pack_experts(
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
+    gate_up_proj: Weight,
+    down_proj: Weight,
     weight_format: str = "auto",
     activation: str | Activation = "silu",
     gate_up_bias: torch.Tensor | None = None,
@@ -107,7 +126,8 @@ def pack_experts(
     gate_up_proj: [E, 2I, H] ([E, H, 2I] if transposed), gate first then up, or alternating if interleaved;
         [E, I, H] for an activation that is not gated.
     down_proj: [E, H, I] ([E, I, H] if transposed).
-    weight_format: "auto" keeps the dtype of the source; else fp32, fp16 or bf16.
+        A `ktcompile.quant.QuantizedWeight` of these shapes, not transposed, is packed as it is.
+    weight_format: "auto" keeps the dtype or the format of the source; else a name of `ktcompile.quant.FORMATS`.
     activation: a name, or an `Activation` with its parameters.
     gate_up_bias, down_bias: [E, 2I] in the order of gate_up_proj, and [E, H]; both or none.
     isa: instruction set of the kernels; None is the best of this machine.
@@ -126,17 +146,34 @@ def from_handle(handle: torch.Tensor) -> PackedExperts:
     return experts
 
 
+def _format_of(gate_up: Weight, down: Weight, spec: ExpertsSpec) -> WeightFormat:
+    if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
+        return resolve_format(spec.weight_format, gate_up.dtype)
+    formats = [w.format.name if isinstance(w, QuantizedWeight) else str(w.dtype) for w in (gate_up, down)]
+    if formats[0] != formats[1]:
+        raise ValueError(f"gate_up_proj is {formats[0]} and down_proj is {formats[1]}; they must be of one format")
+    assert isinstance(gate_up, QuantizedWeight)
+    if spec.weight_format not in ("auto", gate_up.format.name):
+        raise ValueError(
+            f"weight_format is {spec.weight_format!r}, but the weights are quantised as {gate_up.format.name}; leave it "
+            'at "auto"'
+        )
+    return gate_up.format
+
+
 def _check_weights(
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     spec: ExpertsSpec,
 ) -> tuple[int, int, int]:
     """Return (E, H, I). ValueError: the tensors do not fit together."""
     shapes = f"gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)}"
-    if gate_up.dim() != 3 or down.dim() != 3:
+    if len(gate_up.shape) != 3 or len(down.shape) != 3:
         raise ValueError(f"{shapes}: both must have three dimensions (expert, out, in)")
+    if spec.transposed and (isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight)):
+        raise ValueError("quantised weights are [expert, out, in]; they cannot be transposed")
     out, into = (2, 1) if spec.transposed else (1, 2)
     num_experts, hidden, intermediate = down.shape[0], down.shape[out], down.shape[into]
     rows = 2 * intermediate if spec.activation.gated else intermediate
@@ -145,9 +182,9 @@ def _check_weights(
         raise ValueError(f"{shapes} do not fit: gate_up_proj must be {list(expected)} for {spec}")
     if min(down.shape) == 0:
         raise ValueError(f"{shapes}: no dimension may be 0")
-    tensors = {"gate_up_proj": gate_up, "down_proj": down}
     if (gate_up_bias is None) != (down_bias is None):
         raise ValueError("gate_up_bias and down_bias must both be given, or neither")
+    tensors = {n: w for n, w in (("gate_up_proj", gate_up), ("down_proj", down)) if isinstance(w, torch.Tensor)}
     if gate_up_bias is not None and down_bias is not None:
         for name, bias, width in (("gate_up_bias", gate_up_bias, rows), ("down_bias", down_bias, hidden)):
             if tuple(bias.shape) != (num_experts, width):
@@ -158,6 +195,6 @@ def _check_weights(
             raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU to be packed")
         native_dtype(tensor.dtype, name)
     for a, b in (("gate_up_proj", "down_proj"), ("gate_up_bias", "down_bias")):
-        if a in tensors and tensors[a].dtype != tensors[b].dtype:
+        if a in tensors and b in tensors and tensors[a].dtype != tensors[b].dtype:
             raise ValueError(f"{a} is {tensors[a].dtype} and {b} is {tensors[b].dtype}; they must be the same")
     return num_experts, hidden, intermediate

@@ -1,8 +1,9 @@
 // The Python module ktcompile._native. Tensors cross as addresses, which Python has validated.
+#include <kt/context.h>
 #include <kt/experts.h>
 #include <kt/isa.h>
-#include <kt/moe.h>
 #include <kt/nan_memory.h>
+#include <kt/topology.h>
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -45,22 +46,45 @@ kt::feature_set names_to_features(const std::vector<std::string>& names) {
   return features;
 }
 
-// The table that runs `format` on rows of type `rows`: VDPBF16PS needs both in bf16.
-const kt::kernel_table& kernels_for(const std::string& isa, kt::dtype format, kt::dtype rows) {
-  const bool both = format == kt::dtype::bf16 && rows == kt::dtype::bf16;
-  const kt::kernel_table& k = *isa_named(isa).kernels;
-  return k.rows_in_bf16 && !both ? *isa_named("avx512").kernels : k;
-}
-
 using strides = std::tuple<std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t>;
 
 kt::weight_view view(std::uintptr_t data, kt::dtype type, strides s) {
   return {address<void>(data), type, std::get<0>(s), std::get<1>(s), std::get<2>(s)};
 }
 
-kt::bias_view bias(std::uintptr_t data, kt::dtype type, std::tuple<std::ptrdiff_t, std::ptrdiff_t> s) {
+using strides2 = std::tuple<std::ptrdiff_t, std::ptrdiff_t>;
+
+kt::bias_view bias(std::uintptr_t data, kt::dtype type, strides2 s) {
   return {address<void>(data), type, std::get<0>(s), std::get<1>(s)};
 }
+
+// (codes, their strides in bytes, scales, zero points or 0, the strides of both)
+using quantized = std::tuple<std::uintptr_t, strides, std::uintptr_t, std::uintptr_t, strides>;
+
+kt::quantized_view view(const quantized& q) {
+  const auto& [codes, code_strides, scales, zeros, scale_strides] = q;
+  return {address<std::uint8_t>(codes), std::get<0>(code_strides),  std::get<1>(code_strides),
+          std::get<2>(code_strides),    address<float>(scales),     address<std::uint8_t>(zeros),
+          std::get<0>(scale_strides),   std::get<1>(scale_strides), std::get<2>(scale_strides)};
+}
+
+// Threads spread over the NUMA nodes of `sys_root`, and the nodes' ids.
+std::vector<kt::thread_place> places(int threads, const kt::topology& topology) {
+  const kt::placement placement = kt::assign(topology, threads);
+  std::vector<kt::thread_place> result;
+  for (int t = 0; t < threads; ++t) result.push_back({placement.node[t], placement.cpu[t]});
+  return result;
+}
+
+// A weight of a linear layer.
+struct packed_linear {
+  std::size_t features, k;
+  kt::packed_weight weight;
+  packed_linear(const kt::weight_format& format, std::size_t n, std::size_t in)
+      : features(n),
+        k(in),
+        weight(format, 1, (n + kt::panel_columns - 1) / kt::panel_columns, 0, in, kt::column_map::plain(0, n), -1) {}
+};
 
 }  // namespace
 
@@ -72,6 +96,31 @@ NB_MODULE(_native, m) {
       .value("f32", kt::dtype::f32)
       .value("f16", kt::dtype::f16)
       .value("bf16", kt::dtype::bf16);
+  nb::enum_<kt::format>(m, "Layout")
+      .value("f32", kt::format::f32)
+      .value("f16", kt::format::f16)
+      .value("bf16", kt::format::bf16)
+      .value("int8", kt::format::int8)
+      .value("int8_dyn", kt::format::int8_dyn)
+      .value("int4", kt::format::int4)
+      .value("fp8", kt::format::fp8)
+      .value("mxfp4", kt::format::mxfp4);
+  nb::enum_<kt::scale_type>(m, "ScaleType")
+      .value("none", kt::scale_type::none)
+      .value("f32", kt::scale_type::f32)
+      .value("f16", kt::scale_type::f16)
+      .value("bf16", kt::scale_type::bf16)
+      .value("e8m0", kt::scale_type::e8m0);
+  nb::class_<kt::weight_format>(m, "Format")
+      .def(
+          "__init__",
+          [](kt::weight_format* self, kt::format kind, int group, kt::scale_type scale, bool zero_points) {
+            if (group && group != 32 && group != 64 && group != 128)
+              throw std::invalid_argument("a group has " + std::to_string(group) +
+                                          " weights; it must be 32, 64 or 128");
+            new (self) kt::weight_format{kind, group, scale, zero_points};
+          },
+          "layout"_a, "group"_a, "scale"_a, "zero_points"_a);
   nb::enum_<kt::activation>(m, "Activation")
       .value("silu", kt::activation::silu)
       .value("gelu_tanh", kt::activation::gelu_tanh)
@@ -116,21 +165,32 @@ NB_MODULE(_native, m) {
       "unmap_nan", [](std::uintptr_t p, std::size_t bytes) { kt::unmap_nan(address<void>(p), bytes); }, "address"_a,
       "bytes"_a);
 
+  m.def(
+      "numa_nodes",
+      [](const std::string& sys_root) {
+        std::vector<int> nodes;
+        for (const kt::numa_node& n : kt::read_topology(sys_root).nodes) nodes.push_back(n.id);
+        if (nodes.size() == 1) nodes[0] = -1;  // what `numactl` says of a process's memory stays true
+        return nodes;
+      },
+      "sys_root"_a = "/sys", "Ids of the NUMA nodes with memory and CPUs of this process; -1 where there is but one.");
+
   nb::class_<kt::experts>(m, "Experts")
       .def(
           "__init__",
           [](kt::experts* self, int num_experts, std::size_t hidden_size, std::size_t intermediate_size,
-             kt::dtype format, kt::activation kind, bool gated, bool interleaved, float alpha, float limit) {
+             const kt::weight_format& format, kt::activation kind, bool gated, bool interleaved, float alpha,
+             float limit, const std::vector<int>& nodes) {
             kt::experts_shape shape;
             shape.num_experts = num_experts;
             shape.hidden_size = hidden_size;
             shape.intermediate_size = intermediate_size;
             shape.act = {kind, gated, alpha, limit};
             shape.interleaved = interleaved;
-            new (self) kt::experts(shape, format);
+            new (self) kt::experts(shape, format, nodes);
           },
           "num_experts"_a, "hidden_size"_a, "intermediate_size"_a, "format"_a, "activation"_a, "gated"_a,
-          "interleaved"_a, "alpha"_a, "limit"_a)
+          "interleaved"_a, "alpha"_a, "limit"_a, "nodes"_a)
       .def(
           "pack",
           [](kt::experts& self, int expert, std::uintptr_t gate_up, strides gate_up_strides, std::uintptr_t down,
@@ -140,9 +200,17 @@ NB_MODULE(_native, m) {
           "expert"_a, "gate_up"_a, "gate_up_strides"_a, "down"_a, "down_strides"_a, "type"_a,
           nb::call_guard<nb::gil_scoped_release>())
       .def(
+          "pack_quantized",
+          [](kt::experts& self, int expert, const quantized& gate_up, const quantized& down) {
+            const nb::gil_scoped_release nogil;
+            self.pack(expert, view(gate_up), view(down));
+          },
+          "expert"_a, "gate_up"_a, "down"_a,
+          "Each is (codes, strides of (expert, n, k), scales, zero points or 0, strides of (expert, n, group)).")
+      .def(
           "pack_bias",
-          [](kt::experts& self, std::uintptr_t gate_up, std::tuple<std::ptrdiff_t, std::ptrdiff_t> gate_up_strides,
-             std::uintptr_t down, std::tuple<std::ptrdiff_t, std::ptrdiff_t> down_strides,
+          [](kt::experts& self, std::uintptr_t gate_up, strides2 gate_up_strides, std::uintptr_t down,
+             strides2 down_strides,
              kt::dtype type) { self.pack_bias(bias(gate_up, type, gate_up_strides), bias(down, type, down_strides)); },
           "gate_up"_a, "gate_up_strides"_a, "down"_a, "down_strides"_a, "type"_a)
       .def(
@@ -153,17 +221,53 @@ NB_MODULE(_native, m) {
           },
           "expert"_a, "gate_up"_a, "gate_up_strides"_a, "down"_a, "down_strides"_a, "type"_a,
           nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("slices", [](const kt::experts& self) { return self.slices.size(); })
       .def_prop_ro("nbytes", &kt::experts::bytes);
 
+  nb::class_<packed_linear>(m, "Linear")
+      .def(nb::init<const kt::weight_format&, std::size_t, std::size_t>(), "format"_a, "out_features"_a,
+           "in_features"_a)
+      .def(
+          "pack",
+          [](packed_linear& self, std::uintptr_t weight, strides2 s, kt::dtype type) {
+            self.weight.pack(0, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
+          },
+          "weight"_a, "strides"_a, "type"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "pack_quantized",
+          [](packed_linear& self, const quantized& weight) {
+            const nb::gil_scoped_release nogil;
+            self.weight.pack(0, view(weight));
+          },
+          "weight"_a)
+      .def(
+          "pack_bias",
+          [](packed_linear& self, std::uintptr_t data, std::ptrdiff_t stride, kt::dtype type) {
+            self.weight.pack_bias(bias(data, type, {0, stride}));
+          },
+          "bias"_a, "stride"_a, "type"_a)
+      .def(
+          "unpack",
+          [](const packed_linear& self, std::uintptr_t weight, strides2 s, kt::dtype type) {
+            self.weight.unpack(0, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
+          },
+          "weight"_a, "strides"_a, "type"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("nbytes", [](const packed_linear& self) { return self.weight.bytes(); });
+
   nb::class_<kt::context>(m, "Context")
-      .def(nb::init<int>(), "threads"_a)
+      .def(
+          "__init__",
+          [](kt::context* self, int threads, const std::string& sys_root) {
+            new (self) kt::context(places(threads, kt::read_topology(sys_root)));
+          },
+          "threads"_a, "sys_root"_a = "/sys")
       .def_prop_ro("threads", &kt::context::threads)
       .def("moe",
            [](kt::context& self, const kt::experts& experts, const std::string& isa, std::size_t tokens, int top_k,
               std::uintptr_t hidden, kt::dtype hidden_type, std::size_t hidden_stride, std::uintptr_t ids,
               bool ids_are_64_bit, std::uintptr_t weights, kt::dtype weights_type, std::uintptr_t out,
               std::size_t out_stride) {
-             const kt::kernel_table& kernels = kernels_for(isa, experts.down.format, hidden_type);
+             const kt::kernel_table& kernels = kt::kernels_for(isa_named(isa), experts.format.kind, hidden_type);
              std::string wrong;
              {
                nb::gil_scoped_release nogil;
@@ -174,16 +278,26 @@ NB_MODULE(_native, m) {
              }
              if (!wrong.empty()) throw std::invalid_argument(wrong);
            })
+      .def("linear",
+           [](kt::context& self, const packed_linear& w, const std::string& isa, std::size_t rows, std::uintptr_t in,
+              kt::dtype type, std::size_t in_stride, std::uintptr_t out, std::size_t out_stride) {
+             const kt::kernel_table& kernels = kt::kernels_for(isa_named(isa), w.weight.layout().format.kind, type);
+             const nb::gil_scoped_release nogil;
+             self.linear(w.weight, kernels,
+                         {rows, w.k, w.features, address<void>(in), type, in_stride, address<void>(out), out_stride});
+           })
       .def(
           "read_bandwidth",
           [](kt::context& self, const std::string& isa, std::size_t bytes, int repeats) {
             return self.read_bandwidth(*isa_named(isa).kernels, bytes, repeats);
           },
-          "isa"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>())
+          "isa"_a, "bytes"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Bytes per second, the best of `repeats` reads of `bytes`, which are kept until a call with more.")
       .def(
           "arithmetic",
-          [](kt::context& self, const std::string& isa, int repeats) {
-            return self.arithmetic(*isa_named(isa).kernels, repeats);
+          [](kt::context& self, const std::string& isa, bool int8, double seconds) {
+            return self.arithmetic(*isa_named(isa).kernels, int8, seconds);
           },
-          "isa"_a, "repeats"_a, nb::call_guard<nb::gil_scoped_release>());
+          "isa"_a, "int8"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Operations per second of the products that the kernels use, of floats or of int8, in `seconds`.");
 }

@@ -2,4 +2,6 @@
 
 #include "begin.inl"
 #include "vec_avx512.h"
+#include "dot_avx512.h"
 #include "kernels.inl"
+#include "end_fma.inl"

@@ -4,16 +4,15 @@
 
 #include "begin.inl"
 #include "vec_avx512.h"
-#include "../kernels/gemm.inl"
-#include "../kernels/math.inl"
-#include "../kernels/probe.inl"
-#include "../kernels/rows.inl"
+#include "dot_avx512.h"
+#include "kernels.inl"
 
 struct dot_step {
   using a_type = std::uint32_t;  // two bf16
   static constexpr int a_per_row = 1;
   static constexpr std::size_t pair_bytes = 2 * panel_columns * 2;
   static constexpr std::size_t lane_bytes = 4;
+  static constexpr int unpacked_tiles = 1 << 20;  // other units unpack while VDPBF16PS multiplies
 
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const a_type* a) {
@@ -26,23 +25,15 @@ struct dot_step {
   }
 };
 
-double arithmetic(std::size_t rounds) {
-  return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), 4.0 * vec::lanes,
+double bf16_arithmetic(std::size_t rounds) {
+  return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), vec::zero(), 4.0 * vec::lanes,
                            [](vec::f32 acc, __m512i x) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)x); });
 }
 
 }  // namespace
 
-const kernel_table kernels = {
-    pack_rows<bf16_block>,
-    {nullptr, nullptr, gemm<dot_step>},
-    activate<bf16_block>,
-    accumulate,
-    store,
-    /*rows_in_bf16=*/true,
-    read_bytes,
-    arithmetic,
-};
+constexpr row_kernels bf16_rows = {2, pack_rows<bf16_block>, activate<bf16_block>};
+const kernel_table kernels = table_of<dot_step>(bf16_rows, /*rows_in_bf16=*/true, bf16_arithmetic);
 
 }  // namespace KT_ISA_NAME
 }  // namespace kt

@@ -1,26 +1,38 @@
-// The kernel table of an instruction set that multiplies in fp32.
+// The kernels and their table. Before it: `vec`, and `dot` for products of int8 codes.
 #include "../kernels/gemm.inl"
+#include "../kernels/gemm_int8.inl"
 #include "../kernels/math.inl"
 #include "../kernels/probe.inl"
 #include "../kernels/rows.inl"
+#include "../kernels/unpack.inl"
 
-double arithmetic(std::size_t rounds) {
-  return arithmetic_chains(rounds, vec::set1(0.5f), 2.0 * vec::lanes,
-                           [](vec::f32 acc, vec::f32 x) { return vec::fma(x, x, acc); });
+double int8_arithmetic(std::size_t rounds) {
+  return arithmetic_chains(rounds, dot::set1(0x01010101), dot::zero(), 8.0 * vec::lanes,
+                           [](dot::i32 acc, dot::i32 x) { return dot::add(acc, x, dot::prepare(x)); });
 }
 
-}  // namespace
-
-const kernel_table kernels = {
-    pack_rows<fp32_block>,
-    {gemm<fma_step<dtype::f32>>, gemm<fma_step<dtype::f16>>, gemm<fma_step<dtype::bf16>>},
-    activate<fp32_block>,
-    accumulate,
-    store,
-    /*rows_in_bf16=*/false,
-    read_bytes,
-    arithmetic,
-};
-
-}  // namespace KT_ISA_NAME
-}  // namespace kt
+template <class Step>
+constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*probe)(std::size_t)) {
+  kernel_table t{};
+  const auto set = [&t](format f, void (*gemm)(const gemm_job&)) { t.gemm[static_cast<int>(f)] = gemm; };
+  if (!rows_in_bf16) {
+    set(format::f32, each_panel<gemm<fma_step<format::f32>>>);
+    set(format::f16, each_panel<gemm<fma_step<format::f16>>>);
+  }
+  set(format::bf16, each_panel<gemm<Step>>);
+  set(format::int8, gemm_int8<Step>);
+  set(format::int4, gemm_int4<Step>);
+  set(format::fp8, gemm_fp8<Step>);
+  set(format::mxfp4, gemm_mxfp4<Step>);
+  set(format::int8_dyn, each_panel<gemm_int8_dyn<dot>>);
+  t.rows = rows;
+  t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows>, activate<block<float, 1, 1>>};
+  t.quantize_rows = quantize_rows;
+  t.accumulate = accumulate;
+  t.store = store;
+  t.rows_in_bf16 = rows_in_bf16;
+  t.read_bytes = read_bytes;
+  t.arithmetic = probe;
+  t.int8_arithmetic = int8_arithmetic;
+  return t;
+}

@@ -1,3 +1,5 @@
 #include "begin.inl"
 #include "vec_scalar.h"
+#include "dot_scalar.h"
 #include "kernels.inl"
+#include "end_fma.inl"

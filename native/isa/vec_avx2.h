@@ -1,8 +1,21 @@
+// The bytes of bf16 integers.
+struct alignas(16) int4_bytes {
+  std::uint8_t low[16] = {}, high[16] = {};
+  constexpr int4_bytes() {
+    for (int i = 0; i < 16; ++i) {
+      low[i] = static_cast<std::uint8_t>(as_u32(static_cast<float>(i)) >> 16);
+      high[i] = static_cast<std::uint8_t>(as_u32(static_cast<float>(i)) >> 24);
+    }
+  }
+};
+inline constexpr int4_bytes int4_magnitudes{};
+
 // Eight lanes: AVX2, FMA, F16C.
 struct vec {
   static constexpr int lanes = 8;
   static constexpr int max_rows = 6;
-  static constexpr int tile_vectors(int rows) { return rows <= 3 ? 4 : 2; }  // at most 12 accumulators
+  static constexpr int accumulators = 12;
+  static constexpr int tile_vectors(int rows) { return rows <= 3 ? 4 : 2; }
 
   using f32 = __m256;
 
@@ -54,6 +67,125 @@ struct vec {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(r), high_half()));
   }
 
+  static void store_int8(void* p, f32 x) {
+    const __m256i i = _mm256_cvtps_epi32(x);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
+    _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
+  // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
+  struct int8_decoder {
+    void operator()(const char* codes, char* out) const {
+      const __m256i zero = _mm256_setzero_si256();
+      KT_UNROLLED (part, 2) {  // codes in the upper bytes of words
+        const __m256i x = load_codes(codes, part);
+        put(_mm256_unpacklo_epi8(zero, x), out + 32 * part);
+        put(_mm256_unpackhi_epi8(zero, x), out + 64 + 32 * part);
+      }
+    }
+
+   private:
+    static void put(__m256i words, char* out) {
+      const __m256i even = as_float(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 24));
+      const __m256i odd = as_float(_mm256_srai_epi32(words, 24));
+      store_codes(out, _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+    }
+    static __m256i as_float(__m256i i) { return _mm256_castps_si256(_mm256_cvtepi32_ps(i)); }
+  };
+
+  // e4m3 is fp16 with fewer bits, times 2^8.
+  struct fp8_decoder {
+    void operator()(const char* codes, char* out) const {
+      const __m256i zero = _mm256_setzero_si256();
+      KT_UNROLLED (part, 2) {
+        const __m256i x = load_codes(codes, part);
+        put(_mm256_unpacklo_epi8(zero, x), out + 32 * part);
+        put(_mm256_unpackhi_epi8(zero, x), out + 64 + 32 * part);
+      }
+    }
+
+   private:
+    static void put(__m256i upper, char* out) {  // codes in the upper bytes of words
+      const __m256i magnitude = _mm256_and_si256(_mm256_srli_epi16(upper, 1), _mm256_set1_epi16(0x3f80));
+      const __m256i half = _mm256_or_si256(magnitude, _mm256_and_si256(upper, _mm256_set1_epi16(-0x8000)));
+      const __m256i low = high_words(_mm256_castsi256_si128(half));
+      const __m256i high = high_words(_mm256_extracti128_si256(half, 1));
+      store_codes(out, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
+    }
+  };
+
+  // The bytes of a bf16 integer come from two tables, by its magnitude.
+  template <bool Zeros>
+  struct int4_decoder {
+    __m256i low, high, zero[4];
+    explicit int4_decoder(const char* zeros) {
+      low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(int4_magnitudes.low)));
+      high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(int4_magnitudes.high)));
+      KT_UNROLLED (part, 4) {  // columns [8 part, 8 part + 8)
+        zero[part] = _mm256_set1_epi16(8);
+        if constexpr (Zeros) {
+          const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * part)));
+          zero[part] = _mm256_or_si256(z, _mm256_slli_epi32(z, 16));
+        }
+      }
+    }
+    void operator()(const char* codes, char* out) const {
+      KT_UNROLLED (part, 2) {
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + part);
+        KT_UNROLLED (i, 4) {
+          const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, 4 * i), _mm256_set1_epi16(15));
+          const __m256i value = _mm256_sub_epi16(code, zero[i % 2 * 2 + part]);
+          // The upper byte of each index reads beyond the table, as zero.
+          const __m256i index = _mm256_or_si256(_mm256_abs_epi16(value), _mm256_set1_epi16(-0x8000));
+          const __m256i bits =
+              _mm256_or_si256(_mm256_shuffle_epi8(low, index), _mm256_slli_epi16(_mm256_shuffle_epi8(high, index), 8));
+          const __m256i sign = _mm256_and_si256(value, _mm256_set1_epi16(-0x8000));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 2 * i + part, _mm256_or_si256(bits, sign));
+        }
+      }
+    }
+  };
+
+  // e2m1 times a power of two, which is added to the exponents of what is not zero.
+  struct mxfp4_decoder {
+    __m256i low, high, exponent[4];
+    explicit mxfp4_decoder(const char* scales) {
+      low = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
+      high = _mm256_broadcastsi128_si256(
+          _mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64, -64, -64, -64));
+      KT_UNROLLED (part, 4) {
+        const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + 8 * part)));
+        const __m256i both = _mm256_or_si256(e, _mm256_slli_epi32(e, 16));
+        exponent[part] = _mm256_slli_epi16(_mm256_sub_epi16(both, _mm256_set1_epi16(127)), 7);
+      }
+    }
+    void operator()(const char* codes, char* out) const {
+      KT_UNROLLED (part, 2) {
+        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + part);
+        KT_UNROLLED (i, 4) {
+          const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, 4 * i), _mm256_set1_epi16(15));
+          const __m256i index = _mm256_or_si256(code, _mm256_set1_epi16(-0x8000));
+          const __m256i bits =
+              _mm256_or_si256(_mm256_shuffle_epi8(low, index), _mm256_slli_epi16(_mm256_shuffle_epi8(high, index), 8));
+          const __m256i zero =
+              _mm256_cmpeq_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)), _mm256_setzero_si256());
+          const __m256i y = _mm256_add_epi16(bits, _mm256_andnot_si256(zero, exponent[i % 2 * 2 + part]));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 2 * i + part, y);
+        }
+      }
+    }
+  };
+
  private:
+  static __m256i load_codes(const char* p, int part) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + part);
+  }
+  static void store_codes(char* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  // The upper halves of fp16 numbers times 2^8 in fp32.
+  static __m256i high_words(__m128i f16) {
+    const __m256 x = _mm256_mul_ps(_mm256_cvtph_ps(f16), _mm256_set1_ps(256.0f));
+    return _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+  }
   static __m256i high_half() { return _mm256_set1_epi32(static_cast<int>(0xffff0000u)); }
 };

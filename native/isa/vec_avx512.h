@@ -1,8 +1,39 @@
+// The bytes of a bf16 number come from two tables of 128, by magnitude.
+struct alignas(64) byte_tables {
+  std::uint8_t low[128], high[128];
+  template <class F>
+  constexpr explicit byte_tables(F value) : low(), high() {
+    for (int i = 0; i < 128; ++i) {
+      const std::uint32_t bits = as_u32(value(i)) >> 16;
+      low[i] = static_cast<std::uint8_t>(bits);
+      high[i] = static_cast<std::uint8_t>(bits >> 8);
+    }
+  }
+};
+
+// The integers that four bits stand for, in bf16: those of five bits and a sign with zero points.
+template <bool Zeros>
+struct alignas(64) int4_table {
+  std::uint16_t bf16[32] = {};
+  constexpr int4_table() {
+    for (int i = 0; i < 32; ++i) {
+      const int value = Zeros ? (i < 16 ? i : i - 32) : i % 16 - 8;
+      bf16[i] = static_cast<std::uint16_t>(as_u32(static_cast<float>(value)) >> 16);
+    }
+  }
+};
+
+inline constexpr byte_tables int8_tables{[](int i) { return static_cast<float>(i); }};
+inline constexpr byte_tables fp8_tables{e4m3_to_f32};
+template <bool Zeros>
+inline constexpr int4_table<Zeros> int4_values{};
+
 // Sixteen lanes: AVX-512 F, BW, DQ, VL.
 struct vec {
   static constexpr int lanes = 16;
   static constexpr int max_rows = 12;
-  static constexpr int tile_vectors(int) { return 2; }  // 24 accumulators
+  static constexpr int accumulators = 24;
+  static constexpr int tile_vectors(int) { return 2; }
 
   using f32 = __m512;
 
@@ -51,6 +82,127 @@ struct vec {
     const __m512i r = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), near, quiet);
     return _mm512_castsi512_ps(_mm512_and_si512(r, high_half()));
   }
+
+  static void store_int8(void* p, f32 x) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+
+  // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
+#ifdef __AVX512VBMI__
+  struct byte_decoder {
+    __m512i low[2], high[2];
+    explicit byte_decoder(const byte_tables& t) {
+      KT_UNROLLED (i, 2) {
+        low[i] = _mm512_load_si512(t.low + 64 * i);
+        high[i] = _mm512_load_si512(t.high + 64 * i);
+      }
+    }
+    void put(__m512i magnitude, __m512i sign, char* out) const {
+      const __m512i l = _mm512_permutex2var_epi8(low[0], magnitude, low[1]);
+      const __m512i h = _mm512_permutex2var_epi8(high[0], magnitude, high[1]);
+      const __m512i s = _mm512_ternarylogic_epi32(h, sign, _mm512_set1_epi8(-128), 0xf8);  // h | (sign & 0x80)
+      _mm512_storeu_si512(out, _mm512_unpacklo_epi8(l, s));
+      _mm512_storeu_si512(out + 64, _mm512_unpackhi_epi8(l, s));
+    }
+  };
+  struct int8_decoder : byte_decoder {
+    int8_decoder() : byte_decoder(int8_tables) {}
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes);
+      put(_mm512_abs_epi8(x), x, out);
+    }
+  };
+  struct fp8_decoder : byte_decoder {
+    fp8_decoder() : byte_decoder(fp8_tables) {}
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes);
+      put(x, x, out);
+    }
+  };
+#else
+  struct int8_decoder {
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes), zero = _mm512_setzero_si512();
+      put(_mm512_unpacklo_epi8(zero, x), out);  // codes in the upper bytes of words
+      put(_mm512_unpackhi_epi8(zero, x), out + 64);
+    }
+
+   private:
+    static void put(__m512i words, char* out) {
+      const __m512i even = as_float(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 24));
+      const __m512i odd = as_float(_mm512_srai_epi32(words, 24));
+      _mm512_storeu_si512(out, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(even, 16), odd));
+    }
+    static __m512i as_float(__m512i i) { return _mm512_castps_si512(_mm512_cvtepi32_ps(i)); }
+  };
+
+  // e4m3: exponent and mantissa move to their places and the exponent's bias changes; denormals by a table.
+  struct fp8_decoder {
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes), zero = _mm512_setzero_si512();
+      put(_mm512_unpacklo_epi8(x, zero), out);
+      put(_mm512_unpackhi_epi8(x, zero), out + 64);
+    }
+
+   private:
+    static void put(__m512i x, char* out) {
+      const __m512i denormals =
+          _mm512_broadcast_i32x4(_mm_setr_epi16(0x0000, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+      const __m512i moved = _mm512_and_si512(_mm512_slli_epi16(x, 4), _mm512_set1_epi16(0x07f0));
+      __m512i y = _mm512_add_epi16(moved, _mm512_set1_epi16(0x3c00));
+      y = _mm512_mask_permutexvar_epi16(y, _mm512_testn_epi16_mask(x, _mm512_set1_epi16(0x78)), x, denormals);
+      // y | (x << 8 & 0x8000)
+      y = _mm512_ternarylogic_epi32(y, _mm512_slli_epi16(x, 8), _mm512_set1_epi16(-0x8000), 0xf8);
+      _mm512_storeu_si512(out, y);
+    }
+  };
+#endif
+
+  // Two codes are two words here: those of zero points become the place in a table of all differences.
+  template <bool Zeros>
+  struct int4_decoder {
+    __m512i table, zero[2];
+    explicit int4_decoder(const char* zeros) {
+      table = _mm512_load_si512(int4_values<Zeros>.bf16);
+      if constexpr (Zeros)
+        KT_UNROLLED (half, 2) {
+          const __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros) + half));
+          zero[half] = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
+        }
+    }
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes);
+      KT_UNROLLED (i, 4) {
+        __m512i index = _mm512_srli_epi16(x, 4 * i);
+        if constexpr (Zeros) index = _mm512_sub_epi16(_mm512_and_si512(index, _mm512_set1_epi16(15)), zero[i % 2]);
+        _mm512_storeu_si512(out + 64 * i, _mm512_permutexvar_epi16(index, table));  // of the low five bits
+      }
+    }
+  };
+
+  // e2m1 times a power of two, which is added to the exponents of what is not zero.
+  struct mxfp4_decoder {
+    __m512i table, exponent[2];
+    explicit mxfp4_decoder(const char* scales) {
+      table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+          0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, -0x8000, static_cast<short>(0xbf00),
+          static_cast<short>(0xbf80), static_cast<short>(0xbfc0), static_cast<short>(0xc000),
+          static_cast<short>(0xc040), static_cast<short>(0xc080), static_cast<short>(0xc0c0)));
+      KT_UNROLLED (half, 2) {
+        const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales) + half));
+        const __m512i both = _mm512_or_si512(e, _mm512_slli_epi32(e, 16));
+        exponent[half] = _mm512_slli_epi16(_mm512_sub_epi16(both, _mm512_set1_epi16(127)), 7);
+      }
+    }
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes);
+      KT_UNROLLED (i, 4) {
+        const __m512i y = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4 * i), table);
+        const __mmask32 nonzero = _mm512_test_epi16_mask(y, _mm512_set1_epi16(0x7fff));
+        _mm512_storeu_si512(out + 64 * i, _mm512_mask_add_epi16(y, nonzero, y, exponent[i % 2]));
+      }
+    }
+  };
 
  private:
   static __m512i high_half() { return _mm512_set1_epi32(static_cast<int>(0xffff0000u)); }

@@ -2,6 +2,7 @@
 struct vec {
   static constexpr int lanes = 1;
   static constexpr int max_rows = 4;
+  static constexpr int accumulators = 0;
   static constexpr int tile_vectors(int) { return 4; }
 
   using f32 = float;
@@ -39,7 +40,60 @@ struct vec {
     return as_f32((u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u);
   }
 
+  static void store_int8(void* p, f32 x) { *static_cast<std::int8_t*>(p) = static_cast<std::int8_t>(x); }
+
+  // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
+  struct int8_decoder {
+    void operator()(const char* codes, char* out) const {
+      decode2(codes, out, [](char code) { return static_cast<float>(static_cast<signed char>(code)); });
+    }
+  };
+  struct fp8_decoder {
+    void operator()(const char* codes, char* out) const {
+      decode2(codes, out, [](char code) { return e4m3_to_f32(static_cast<unsigned char>(code)); });
+    }
+  };
+
+  template <bool Zeros>
+  struct int4_decoder {
+    const char* zeros;
+    explicit int4_decoder(const char* z) : zeros(z) {}
+    void operator()(const char* codes, char* out) const {
+      decode4(codes, out, [this](unsigned code, int column) {
+        return as_u32(static_cast<float>(static_cast<int>(code) - (Zeros ? zeros[column] : 8)));
+      });
+    }
+  };
+  struct mxfp4_decoder {
+    const char* scales;
+    explicit mxfp4_decoder(const char* s) : scales(s) {}
+    void operator()(const char* codes, char* out) const {
+      constexpr float magnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+      decode4(codes, out, [&](unsigned code, int column) {
+        const float scale = as_f32(static_cast<std::uint32_t>(static_cast<unsigned char>(scales[column])) << 23);
+        const float x = magnitudes[code & 7u] * scale;
+        return as_u32(code & 8u ? -x : x);
+      });
+    }
+  };
+
  private:
+  template <class F>
+  static void decode2(const char* codes, char* out, F value) {
+    for (int i = 0; i < 64; ++i) {
+      const int column = i / 16 * 4 + i / 8 % 2 * 16 + i / 2 % 4;
+      put16(out + (column * 2 + i % 2) * 2, as_u32(value(codes[i])) >> 16);
+    }
+  }
+  template <class F>
+  static void decode4(const char* codes, char* out, F bits) {
+    for (int word = 0; word < 32; ++word)
+      for (int i = 0; i < 4; ++i) {
+        const int column = i % 2 * 16 + word / 2, pair = i / 2;
+        const unsigned code = static_cast<unsigned>(bits16(codes + word * 2)) >> 4 * i & 15u;
+        put16(out + ((pair * 32 + column) * 2 + word % 2) * 2, bits(code, column) >> 16);
+      }
+  }
   static std::uint16_t bits16(const void* p) {
     std::uint16_t h;
     __builtin_memcpy(&h, p, 2);

@@ -1,6 +1,6 @@
 // Bits of floats and halves, in plain C++.
-inline std::uint32_t as_u32(float x) { return __builtin_bit_cast(std::uint32_t, x); }
-inline float as_f32(std::uint32_t u) { return __builtin_bit_cast(float, u); }
+constexpr std::uint32_t as_u32(float x) { return __builtin_bit_cast(std::uint32_t, x); }
+constexpr float as_f32(std::uint32_t u) { return __builtin_bit_cast(float, u); }
 
 inline float f16_to_f32(std::uint16_t h) {
   const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
@@ -31,4 +31,17 @@ inline std::uint16_t f32_to_f16(float x) {
     half = kept + (rest > tie || (rest == tie && (kept & 1u)));
   }
   return static_cast<std::uint16_t>(sign | half);
+}
+
+template <class T>
+inline T load_as(const void* p) {
+  T x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
+constexpr float e4m3_to_f32(int code) {
+  const unsigned exponent = code >> 3 & 15u, mantissa = code & 7u;
+  const float x = exponent ? as_f32((exponent + 120) << 23 | mantissa << 20) : static_cast<float>(mantissa) * 0x1p-9f;
+  return code & 0x80 ? -x : x;
 }

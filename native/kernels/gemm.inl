@@ -3,19 +3,20 @@
 constexpr int column_vectors = panel_columns / vec::lanes;
 
 // Rows are cut into `count` tiles that differ by at most one row.
+template <int most = vec::max_rows>
 struct tiling {
   int rows, count;
-  explicit tiling(int n) : rows(n), count((n + vec::max_rows - 1) / vec::max_rows) {}
+  explicit tiling(int n) : rows(n), count((n + most - 1) / most) {}
   int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
 };
 
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
-constexpr std::size_t l1_distance = 1024;
+constexpr std::size_t l1_distance = 4096;
 
-template <dtype W>
+template <format W>
 struct weights {  // fp32 and fp16: [K][32]
-  static constexpr std::size_t element = size_of(W);
+  static constexpr std::size_t element = W == format::f32 ? 4 : 2;
   static constexpr std::size_t pair_bytes = 2 * panel_columns * element;
   static vec::f32 even(const char* pair, int v) { return load(pair, v); }
   static vec::f32 odd(const char* pair, int v) { return load(pair + panel_columns * element, v); }
@@ -23,7 +24,7 @@ struct weights {  // fp32 and fp16: [K][32]
  private:
   static vec::f32 load(const char* row, int v) {
     const char* p = row + v * vec::lanes * element;
-    if constexpr (W == dtype::f32)
+    if constexpr (W == format::f32)
       return vec::load(reinterpret_cast<const float*>(p));
     else
       return vec::load_f16(p);
@@ -31,19 +32,20 @@ struct weights {  // fp32 and fp16: [K][32]
 };
 
 template <>
-struct weights<dtype::bf16> {  // [K/2][32][2]
+struct weights<format::bf16> {  // [K/2][32][2]
   static constexpr std::size_t pair_bytes = 2 * panel_columns * 2;
   static vec::f32 even(const char* pair, int v) { return vec::bf16_even(pair + v * vec::lanes * 4); }
   static vec::f32 odd(const char* pair, int v) { return vec::bf16_odd(pair + v * vec::lanes * 4); }
 };
 
 // How one pair of k is multiplied: packed activations of `a_type`, `a_per_row` of them per row and pair.
-template <dtype W>
+template <format W>
 struct fma_step {
   using a_type = float;
   static constexpr int a_per_row = 2;
   static constexpr std::size_t pair_bytes = weights<W>::pair_bytes;
-  static constexpr std::size_t lane_bytes = W == dtype::f16 ? 2 : 4;
+  static constexpr std::size_t lane_bytes = W == format::f16 ? 2 : 4;
+  static constexpr int unpacked_tiles = 2;  // for more, weights are unpacked once into memory
 
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const float* a) {
@@ -64,67 +66,146 @@ struct fma_step {
   }
 };
 
-// M rows by N vectors of columns, kept in registers over all of K.
-template <class Step, int M, int N>
-[[gnu::noinline]] void tile(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c,
-                            const char* next, int lines) {
-  vec::f32 acc[M][N];
-  KT_UNROLLED (m, M)
-    KT_UNROLLED (n, N) acc[m][n] = vec::zero();
+// What happens to the sums of a tile before and after its pairs.
+struct carried {  // c goes on, and is multiplied by `scale` at the end of K unless that is null
+  bool first;     // c is not read
+  const float* scale;
+};
+struct grouped {  // c += scale * sum for each of `groups` groups
+  std::size_t groups;
+  const float* scale;  // [groups][32]
+};
+
+// Panel bytes to fetch while a tile runs: `lines` for each pair of k.
+struct prefetch {
+  const char* next = nullptr;
+  int lines = 0;
+};
+
+template <class Step, bool Stream, int M, int N>
+[[gnu::always_inline]] inline void sum_pairs(vec::f32 (&acc)[M][N], const char*& w, const typename Step::a_type*& a,
+                                             std::size_t pairs, prefetch& fetch) {
   for (std::size_t p = 0; p < pairs; ++p) {
-    for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + l1_distance + line);
+    if constexpr (Stream) {
+      for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + l1_distance + line);
+      for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
+    }
     Step::run(acc, w, a);
     a += Step::a_per_row * M;
     w += Step::pair_bytes;
-    for (int i = 0; i < lines; ++i, next += 64) prefetch_l2(next);
+  }
+}
+
+// M rows by N vectors of columns, kept in registers over all pairs. `Stream`: w comes from memory.
+template <class Step, bool Stream, int M, int N>
+[[gnu::noinline]] void tile(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, int column,
+                            prefetch fetch, const carried& job) {
+  vec::f32 acc[M][N];
+  KT_UNROLLED (m, M)
+    KT_UNROLLED (n, N) acc[m][n] = job.first ? vec::zero() : vec::load(c + m * panel_columns + n * vec::lanes);
+  sum_pairs<Step, Stream>(acc, w, a, pairs, fetch);
+  if (job.scale) {
+    KT_UNROLLED (n, N) {
+      const vec::f32 scale = vec::load(job.scale + column + n * vec::lanes);
+      KT_UNROLLED (m, M) acc[m][n] = vec::mul(acc[m][n], scale);
+    }
   }
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) vec::store(c + m * panel_columns + n * vec::lanes, acc[m][n]);
 }
 
+template <class Step, bool Stream, int M, int N>
+[[gnu::noinline]] void tile(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, int column,
+                            prefetch fetch, const grouped& job) {
+  for (std::size_t g = 0; g < job.groups; ++g) {
+    vec::f32 acc[M][N];
+    KT_UNROLLED (m, M)
+      KT_UNROLLED (n, N) acc[m][n] = vec::zero();
+    sum_pairs<Step, Stream>(acc, w, a, pairs, fetch);
+    KT_UNROLLED (n, N) {
+      const vec::f32 scale = vec::load(job.scale + g * panel_columns + column + n * vec::lanes);
+      KT_UNROLLED (m, M) {
+        float* to = c + m * panel_columns + n * vec::lanes;
+        vec::store(to, vec::fma(scale, acc[m][n], vec::load(to)));
+      }
+    }
+  }
+}
+
 // All 32 columns of M rows, in as many passes as the registers ask for.
-template <class Step, int M>
-void tile_columns(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, const char* next,
-                  int lines) {
+template <class Step, bool Stream, class Job, int M>
+void tile_columns(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, prefetch fetch,
+                  const Job& job) {
   constexpr int n = vec::tile_vectors(M);
   static_assert(column_vectors % n == 0);
   for (int v = 0; v < column_vectors; v += n)
-    tile<Step, M, n>(w + v * vec::lanes * Step::lane_bytes, a, pairs, c + v * vec::lanes, next, v == 0 ? lines : 0);
+    tile<Step, Stream, M, n>(w + v * vec::lanes * Step::lane_bytes, a, pairs, c + v * vec::lanes, v * vec::lanes,
+                             v == 0 ? fetch : prefetch{}, job);
 }
 
-template <class Step, int M = vec::max_rows>
-void tile_rows(int rows, const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, const char* next,
-               int lines) {
-  if constexpr (M > 0) {
-    if (rows == M) return tile_columns<Step, M>(w, a, pairs, c, next, lines);
-    tile_rows<Step, M - 1>(rows, w, a, pairs, c, next, lines);
-  }
-}
+template <class Step, class Job>
+using tile_function = void (*)(const char*, const typename Step::a_type*, std::size_t, float*, prefetch, const Job&);
 
-// The next panel is fetched during the first tile, or half each during the first two.
-struct prefetch_plan {
-  const char* next;
-  std::size_t lines, half;
-  int per_pair;
-  prefetch_plan(const gemm_job& job, int tiles) : next(static_cast<const char*>(job.next_panel)) {
-    const std::size_t pairs = job.k / 2;
-    lines = next && pairs ? job.panel_bytes / 64 / pairs : 0;  // whole panel, per pair
-    per_pair = static_cast<int>(tiles > 1 ? (lines + 1) / 2 : lines);
-    half = pairs * per_pair * 64;
+// By number of rows, from 1.
+template <class Step, bool Stream, class Job>
+struct tiles_of {
+  tile_function<Step, Job> by_rows[vec::max_rows];
+  constexpr tiles_of() : by_rows() { fill<vec::max_rows>(); }
+
+ private:
+  template <int M>
+  constexpr void fill() {
+    if constexpr (M > 0) {
+      by_rows[M - 1] = tile_columns<Step, Stream, Job, M>;
+      fill<M - 1>();
+    }
   }
-  int count(int tile) const { return tile < 2 && next ? per_pair : 0; }
-  const char* at(int tile) const { return tile == 0 ? next : next + half; }
 };
 
+// All rows of a job times the pairs at `w`, which begin at k. `a_k` is K of the packed rows.
+template <class Step, bool Stream, class Job, class Fetch>
+void tile_rows(const gemm_job& job, const char* w, std::size_t k, std::size_t pairs, const Job& what, Fetch fetch) {
+  static constexpr tiles_of<Step, Stream, Job> tiles;
+  const tiling<> cut(job.rows);
+  const auto* a = static_cast<const typename Step::a_type*>(job.rows_packed);
+  for (int t = 0; t < cut.count; ++t) {
+    const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
+    const auto* tile = a + (begin * job.layout->k + k * rows) / 2 * Step::a_per_row;
+    tiles.by_rows[rows - 1](w, tile, pairs, job.c + begin * panel_columns, fetch(t), what);
+  }
+}
+
+// What a part of a panel takes in memory.
+inline std::size_t part_bytes(const gemm_job& job) {
+  const panel_layout& l = *job.layout;
+  return (job.k_end < l.k ? l.code_offset(job.k_end) : l.bytes()) - l.code_offset(job.k_begin);
+}
+
+// One panel after the other.
+template <void (*Gemm)(const gemm_job&)>
+void each_panel(const gemm_job& job) {
+  gemm_job one = job;
+  one.panels = 1;
+  const std::size_t bytes = job.layout->bytes();
+  for (int p = 0; p < job.panels; ++p) {
+    one.panel = static_cast<const char*>(job.panel) + p * bytes;
+    one.c = job.c + static_cast<std::size_t>(p) * job.rows * panel_columns;
+    if (job.next) one.next = static_cast<const char*>(job.next) + p * bytes;
+    Gemm(one);
+  }
+}
+
+// Weights that are multiplied as they lie. The next panel is fetched during the first tile, or half each during the
+// first two.
 template <class Step>
 void gemm(const gemm_job& job) {
-  const tiling tiles(job.rows);
-  const prefetch_plan fetch(job, tiles.count);
-  const auto* a = static_cast<const typename Step::a_type*>(job.rows_packed);
-  const std::size_t pairs = job.k / 2;
-  for (int t = 0; t < tiles.count; ++t) {
-    const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
-    tile_rows<Step>(rows, static_cast<const char*>(job.panel), a + begin * pairs * Step::a_per_row, pairs,
-                    job.c + begin * panel_columns, fetch.at(t), fetch.count(t));
-  }
+  const std::size_t pairs = (job.k_end - job.k_begin) / 2;
+  const std::size_t lines = job.next ? (part_bytes(job) / 64 + pairs - 1) / pairs : 0;  // per pair
+  const int per_pair = static_cast<int>(job.rows > vec::max_rows ? (lines + 1) / 2 : lines);
+  const auto fetch = [&](int t) {
+    if (t > 1 || !job.next) return prefetch{};
+    return prefetch{static_cast<const char*>(job.next) + t * pairs * per_pair * 64, per_pair};
+  };
+  tile_rows<Step, true>(job, static_cast<const char*>(job.panel) + job.layout->code_offset(job.k_begin), job.k_begin,
+                        pairs, carried{job.k_begin == 0, nullptr}, fetch);
 }

@@ -16,19 +16,27 @@ std::uint64_t read_bytes(const void* begin, std::size_t bytes) {
   return sum;
 }
 
-// Multiply-adds on registers alone, `chains` independent of each other. Returns the flops.
-template <class V, class Op>
-double arithmetic_chains(std::size_t rounds, V one, double flops_each, Op op) {
+template <class V>
+inline void opaque(V& x) {
+  if constexpr (std::is_integral_v<V>)
+    asm volatile("" : "+r"(x));
+  else
+    asm volatile("" : "+x"(x));
+}
+
+// Multiply-adds on registers alone, `chains` independent of each other. Returns the operations.
+template <class V, class A, class Op>
+double arithmetic_chains(std::size_t rounds, V one, A start, double each, Op op) {
   constexpr int chains = 12;
-  vec::f32 acc[chains];
+  A acc[chains];
   KT_UNROLLED (i, chains) {
-    acc[i] = vec::zero();
-    asm volatile("" : "+x"(acc[i]));  // or the compiler would merge equal chains
+    acc[i] = start;
+    opaque(acc[i]);  // or the compiler would merge equal chains
   }
   for (std::size_t r = 0; r < rounds; ++r) {
-    asm volatile("" : "+x"(one));
+    opaque(one);
     KT_UNROLLED (i, chains) acc[i] = op(acc[i], one);
   }
-  KT_UNROLLED (i, chains) asm volatile("" : : "x"(acc[i]));
-  return static_cast<double>(rounds) * chains * flops_each;
+  KT_UNROLLED (i, chains) opaque(acc[i]);
+  return static_cast<double>(rounds) * chains * each;
 }

@@ -1,20 +1,25 @@
 // Packing of activations, the activation between the two GEMMs, and the weighted sum after them.
 
-// Writes element (row, k) of a packed block; `rows` and `row` are those of its tile.
-struct fp32_block {
-  static constexpr std::size_t bytes = 4;
+// Where element (row, k) of a packed block lies: `Unit` k of a row together, of type T. `rows` and `row` are those of
+// its tile.
+template <class T, int Unit, int MaxRows>
+struct block {
+  using element = T;
+  using cut = tiling<MaxRows>;
+  static T& at(void* tile, int rows, int row, std::size_t k) {
+    return static_cast<T*>(tile)[(k / Unit * rows + row) * Unit + k % Unit];
+  }
   static void put(void* tile, int rows, int row, std::size_t k, float x) {
-    static_cast<float*>(tile)[k * rows + row] = x;
+    if constexpr (sizeof(T) == 4)
+      at(tile, rows, row, k) = x;
+    else
+      at(tile, rows, row, k) = static_cast<T>(as_u32(x) >> 16);  // bf16: x is representable
   }
 };
 
-struct bf16_block {
-  static constexpr std::size_t bytes = 2;
-  static void put(void* tile, int rows, int row, std::size_t k, float x) {
-    static_cast<std::uint16_t*>(tile)[(k / 2 * rows + row) * 2 + k % 2] =
-        static_cast<std::uint16_t>(as_u32(x) >> 16);  // x is representable
-  }
-};
+using fp32_block = block<float, 1, vec::max_rows>;
+using bf16_block = block<std::uint16_t, 2, vec::max_rows>;
+using int8_block = block<std::uint8_t, 4, vec::max_rows>;
 
 inline vec::f32 load_as_f32(const void* base, dtype type, std::size_t i) {
   switch (type) {
@@ -26,15 +31,16 @@ inline vec::f32 load_as_f32(const void* base, dtype type, std::size_t i) {
 
 template <class Block>
 void pack_rows(const pack_rows_job& job) {
-  const tiling tiles(job.rows);
+  const typename Block::cut tiles(job.rows);
   const std::size_t size = size_of(job.type);
   for (int t = 0; t < tiles.count; ++t) {
     const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
-    char* tile = static_cast<char*>(job.packed) + begin * job.k_padded * Block::bytes;
+    char* tile = static_cast<char*>(job.packed) + begin * job.k_padded * sizeof(typename Block::element);
     // A few k of all rows at a time, so that the tile is written once from its beginning to its end.
     for (std::size_t k = 0; k < job.k_padded; k += vec::lanes)
       for (int r = 0; r < rows; ++r) {
-        const char* row = static_cast<const char*>(job.source) + job.index[begin + r] * job.stride * size;
+        const std::size_t from = job.index ? job.index[begin + r] : begin + r;
+        const char* row = static_cast<const char*>(job.source) + from * job.stride * size;
         float x[vec::lanes];
         if (k + vec::lanes <= job.k) {
           vec::store(x, load_as_f32(row, job.type, k));
@@ -46,6 +52,58 @@ void pack_rows(const pack_rows_job& job) {
           for (std::size_t i = 0; i < vec::lanes && k + i < job.k_padded; ++i) Block::put(tile, rows, r, k + i, x[i]);
         }
       }
+  }
+}
+
+// Copies codes of int8 rows; with `Flip` as code + 128.
+template <class Block, bool Flip>
+void pack_int8_rows(const pack_rows_job& job) {
+  const typename Block::cut tiles(job.rows);
+  constexpr std::uint32_t flip = Flip ? 0x80808080u : 0u;
+  for (int t = 0; t < tiles.count; ++t) {
+    const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
+    char* tile = static_cast<char*>(job.packed) + begin * job.k_padded;
+    for (int r = 0; r < rows; ++r) {
+      const std::size_t from = job.index ? job.index[begin + r] : begin + r;
+      const char* row = static_cast<const char*>(job.source) + from * job.stride;
+      for (std::size_t k = 0; k < job.k_padded; k += 4) {
+        const std::uint32_t four = load_as<std::uint32_t>(row + k) ^ flip;
+        __builtin_memcpy(&Block::at(tile, rows, r, k), &four, 4);
+      }
+    }
+  }
+}
+
+void quantize_rows(const quantize_rows_job& job) {
+  const std::size_t size = size_of(job.type);
+  for (std::size_t r = 0; r < job.rows; ++r) {
+    const char* row = static_cast<const char*>(job.source) + r * job.stride * size;
+    std::int8_t* codes = job.codes + r * job.k_padded;
+    alignas(64) char rest[vec::lanes * 4] = {};
+    const std::size_t whole = job.k / vec::lanes * vec::lanes;
+    if (whole < job.k) __builtin_memcpy(rest, row + whole * size, (job.k - whole) * size);
+    const auto at = [&](std::size_t k) {
+      return k < whole ? load_as_f32(row, job.type, k) : load_as_f32(rest, job.type, 0);
+    };
+    vec::f32 most = vec::zero(), finite = vec::zero();
+    for (std::size_t k = 0; k < job.k; k += vec::lanes) {
+      most = vec::max(vec::abs(at(k)), most);
+      finite = vec::fma(at(k), vec::zero(), finite);  // NaN from here on, if an element is none or infinite
+    }
+    float lanes[vec::lanes], nan[vec::lanes], scale = 0;
+    vec::store(lanes, most);
+    vec::store(nan, finite);
+    for (float x : lanes) scale = x > scale ? x : scale;
+    // Smaller rows are zero: the inverse of their scale might be no number.
+    const float inverse = scale >= 0x1p-100f ? 127.0f / scale : 0.0f;
+    scale = inverse > 0.0f ? scale / 127.0f : 0.0f;
+    for (float x : nan) scale = x == x ? scale : x;  // and so the whole row
+    job.scale[r] = scale;
+    for (std::size_t k = 0; k < job.k_padded; k += vec::lanes) {
+      std::int8_t eight[vec::lanes] = {};
+      if (scale > 0.0f && k < job.k) vec::store_int8(eight, vec::round(vec::mul(at(k), vec::set1(inverse))));
+      __builtin_memcpy(codes + k, eight, sizeof eight);
+    }
   }
 }
 
@@ -75,7 +133,7 @@ inline vec::f32 apply_gated(const activation_spec& spec, vec::f32 gate, vec::f32
 
 template <class Block>
 void activate(const activate_job& job) {
-  const tiling tiles(job.rows);
+  const typename Block::cut tiles(job.rows);
   const int columns = job.spec.gated ? panel_columns / 2 : panel_columns;
   const auto at = [&](const float* row, int column) {
     const vec::f32 x = vec::load(row + column);
@@ -83,7 +141,7 @@ void activate(const activate_job& job) {
   };
   for (int t = 0; t < tiles.count; ++t) {
     const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
-    char* tile = static_cast<char*>(job.packed) + begin * job.k * Block::bytes;
+    char* tile = static_cast<char*>(job.packed) + begin * job.k * sizeof(typename Block::element);
     for (int r = 0; r < rows; ++r) {
       const float* row = job.c + (begin + r) * panel_columns;
       for (int column = 0; column < columns; column += vec::lanes) {
@@ -119,7 +177,8 @@ void store_rows(const store_job& job) {
     char* out = static_cast<char*>(job.out) + r * job.stride * size;
     char* to = job.columns == panel_columns ? out : line;
     for (int column = 0; column < panel_columns; column += vec::lanes) {
-      const vec::f32 x = vec::load(job.sum + r * panel_columns + column);
+      vec::f32 x = vec::load(job.sum + r * panel_columns + column);
+      if (job.bias) x = vec::add(x, vec::load(job.bias + column));
       if constexpr (T == dtype::f32)
         vec::store(reinterpret_cast<float*>(to) + column, x);
       else if constexpr (T == dtype::f16)

@@ -15,6 +15,7 @@ const std::vector<feature_name>& feature_names() {
       {"avx512", feature::avx512},
       {"avx512_bf16", feature::avx512_bf16},
       {"avx512_vnni", feature::avx512_vnni},
+      {"avx512_vbmi", feature::avx512_vbmi},
       {"avx_vnni", feature::avx_vnni},
       {"amx_bf16", feature::amx_bf16},
       {"amx_int8", feature::amx_int8},
@@ -66,6 +67,7 @@ feature_set detect() {
     if (bit(seven_one.eax, 4)) f |= feature::avx_vnni;
     if (zmm && bit(seven.ebx, 16) && bit(seven.ebx, 17) && bit(seven.ebx, 30) && bit(seven.ebx, 31)) {
       f |= feature::avx512;
+      if (bit(seven.ecx, 1)) f |= feature::avx512_vbmi;
       if (bit(seven.ecx, 11)) f |= feature::avx512_vnni;
       if (bit(seven_one.eax, 5)) f |= feature::avx512_bf16;
     }

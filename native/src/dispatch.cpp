@@ -4,16 +4,16 @@
 
 namespace kt {
 
-#define KT_ISA(name, features)       \
-  namespace name {                   \
-  extern const kernel_table kernels; \
+#define KT_ISA(name, features, fallback) \
+  namespace name {                       \
+  extern const kernel_table kernels;     \
   }
 #include <kt/isa.inc>
 #undef KT_ISA
 
 const std::vector<isa>& all_isas() {
   static const std::vector<isa> isas = {
-#define KT_ISA(name, features) {#name, features, &name::kernels},
+#define KT_ISA(name, features, fallback) {#name, features, &name::kernels, &fallback::kernels},
 #include <kt/isa.inc>
 #undef KT_ISA
   };
@@ -27,6 +27,14 @@ const isa* find_isa(const std::string& name) {
 }
 
 bool runs_on(const isa& i, feature_set features) { return (i.required & features) == i.required; }
+
+const kernel_table& kernels_for(const isa& i, format weights, dtype rows) {
+  const kernel_table& k = *i.kernels;
+  // bf16 kernels need rows and weights in bf16; products of int8 take rows of any type.
+  const bool runs =
+      k.gemm[static_cast<int>(weights)] && (weights == format::int8_dyn || !k.rows_in_bf16 || rows == dtype::bf16);
+  return runs ? k : *i.fallback;
+}
 
 namespace {
 

@@ -1,37 +1,19 @@
 // One MoE layer in two phases. gate_up: an item is a block of rows of one expert and a few panels; its thread packs
 // the rows into its own cache and writes the activated block for the second phase. down: an item is a few panels of
 // the output over all experts in ascending order, so that sums need no merging and no lock. Neither the cut into
-// blocks and items nor the number of threads changes the order in which any element is summed.
-#include <kt/moe.h>
-
-#include <unistd.h>
-
+// blocks and items nor the number of threads changes the order in which any element is summed. Slices of the experts
+// have both phases each for itself; their sums are added in the order of slices. int8_dyn quantises the rows of
+// `hidden` before the first phase, and the activated ones before the second.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
+
+#include "scratch.h"
 
 namespace kt {
 namespace {
 #include "../kernels/float_bits.inl"
-
-// Denormals are zero while kernels run, as VDPBF16PS has it.
-class denormals_are_zero {
-#if defined(__SSE__)
- public:
-  denormals_are_zero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~denormals_are_zero() { _mm_setcsr(saved_); }
-  denormals_are_zero(const denormals_are_zero&) = delete;
-  denormals_are_zero& operator=(const denormals_are_zero&) = delete;
-
- private:
-  unsigned saved_;
-#endif
-};
 
 float get_float(const void* p, dtype type, std::size_t i) {
   if (type == dtype::f32) return static_cast<const float*>(p)[i];
@@ -87,14 +69,8 @@ struct item {
   std::size_t block, panel, panels;
 };
 
-std::size_t l2_bytes() {
-  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  return size > 0 ? static_cast<std::size_t>(size) : std::size_t{1} << 20;
-}
-
-// Blocks of near-equal size whose packed rows take about half of the second-level cache.
-std::vector<block> cut_blocks(const routing& r, std::size_t row_bytes) {
-  const std::size_t most = std::clamp<std::size_t>(l2_bytes() / 2 / row_bytes, 12, 256);
+// Blocks of near-equal size, of at most `most` rows.
+std::vector<block> cut_blocks(const routing& r, std::size_t most) {
   std::vector<block> blocks;
   for (std::size_t e = 0; e + 1 < r.begin.size(); ++e) {
     const std::size_t rows = r.begin[e + 1] - r.begin[e], count = (rows + most - 1) / most;
@@ -131,136 +107,221 @@ std::vector<item> cut_items(const std::vector<block>& blocks, std::size_t panels
   return items;
 }
 
-// Hands out [0, size) in order; each thread knows its next item before it starts the present one.
-class queue {
- public:
-  explicit queue(std::size_t size) : size_(size) {}
-  std::size_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
-  bool has(std::size_t i) const { return i < size_; }
+// One slice of the experts in a run: what its phases write and the items of work that are left.
+struct slice_run {
+  slice_run(const kernel_table& k, const expert_slice& slice) : s(slice), up(k, slice.gate_up), down(k, slice.down) {}
 
- private:
-  const std::size_t size_;
-  std::atomic<std::size_t> next_{0};
+  const expert_slice& s;
+  block_gemm up, down;
+  std::vector<item> items;
+  char* hidden = nullptr;      // activated rows, packed for the second phase
+  float* scale = nullptr;      // int8_dyn: of each activated row
+  float* plain = nullptr;      // int8_dyn: activated rows before they are quantised
+  std::vector<float> partial;  // [panel][token][32], where there are several slices
+  queue up_queue, quantize_queue, down_queue;
 };
 
-struct thread_scratch {
-  buffer rows, c, sum;
-};
-
-// A run of both phases over tokens [first_token, first_token + tokens).
+// A run of all phases over tokens [first_token, first_token + tokens).
 class layer_run {
  public:
   layer_run(const experts& e, const kernel_table& k, const moe_arguments& a, std::size_t first_token,
-            std::size_t tokens, const routing& r)
+            std::size_t tokens, const routing& r, context_scratch& scratch)
       : e_(e),
         k_(k),
         a_(a),
         r_(r),
         first_token_(first_token),
         tokens_(tokens),
-        element_(k.rows_in_bf16 ? 2 : 4),
-        gemm_(k.gemm[static_cast<int>(e.down.format)]),
-        blocks_(cut_blocks(r, e.gate_up.k * element_)) {}
+        dynamic_(e.format.kind == format::int8_dyn),
+        rows_(dynamic_ ? k.int8_rows : k.rows),
+        scratch_(scratch),
+        blocks_(cut_blocks(r, block_gemm(k, e.slices.front().gate_up).most_rows())) {
+    for (const block& b : blocks_) most_rows_ = std::max(most_rows_, b.rows);
+  }
 
-  void run(thread_pool& pool, std::vector<thread_scratch>& scratch, buffer& hidden) {
-    hidden.reserve(r_.token.size() * e_.down.k * element_);
-    hidden_ = hidden.as();
-    for (thread_scratch& t : scratch) reserve(t, pool.size());
-    const std::vector<item> items = cut_items(blocks_, e_.gate_up.panels, pool.size());
-    queue up(items.size());
-    auto gate_up_phase = [&](int thread) {
-      const denormals_are_zero mode;
-      gate_up_items(items, up, scratch[thread]);
+  void run(thread_pool& pool, const std::vector<thread_place>& places) {
+    prepare(pool.size());
+    const auto phase = [&](auto work) {
+      auto each = [&](int thread) {
+        const denormals_are_zero mode;
+        // Its own slice first, then what is left of the others.
+        for (std::size_t i = 0; i < slices_.size(); ++i)
+          work(slices_[(places[thread].slice + i) % slices_.size()], scratch_.threads[thread]);
+      };
+      pool.run(each);
     };
-    pool.run(gate_up_phase);
-    queue down((e_.down.panels + group_ - 1) / group_);
-    auto down_phase = [&](int thread) {
-      const denormals_are_zero mode;
-      for (std::size_t g; down.has(g = down.take());) down_group(g * group_, scratch[thread]);
-    };
-    pool.run(down_phase);
+    if (dynamic_) quantize_tokens(pool);
+    phase([this](slice_run& s, thread_scratch& t) { gate_up_items(s, t); });
+    if (dynamic_) phase([this](slice_run& s, thread_scratch& t) { quantize_blocks(s, t); });
+    phase([this](slice_run& s, thread_scratch& t) {
+      for (std::size_t g; s.down_queue.has(g = s.down_queue.take());) down_group(s, g * group_, t);
+    });
+    if (slices_.size() > 1) add_slices(pool);
   }
 
  private:
-  void reserve(thread_scratch& t, int threads);
-  void gate_up_items(const std::vector<item>& items, queue& q, thread_scratch& t) const;
-  void down_group(std::size_t first_panel, thread_scratch& t) const;
+  void prepare(int threads);
+  void quantize_tokens(thread_pool& pool);
+  void gate_up_items(slice_run& s, thread_scratch& t) const;
+  void quantize_blocks(slice_run& s, thread_scratch& t) const;
+  void down_group(slice_run& s, std::size_t first_panel, thread_scratch& t) const;
+  void add_slices(thread_pool& pool);
+  void pack_tokens(const slice_run& s, const block& b, thread_scratch& t) const;
+  void store(std::size_t panel, const float* sum) const;
 
-  char* hidden_of(const block& b) const { return hidden_ + b.begin * e_.down.k * element_; }
+  std::size_t panels() const { return e_.slices.front().down.panels(); }  // of the output
 
   const experts& e_;
   const kernel_table& k_;
   const moe_arguments& a_;
   const routing& r_;
-  const std::size_t first_token_, tokens_, element_;
-  void (*const gemm_)(const gemm_job&);
+  const std::size_t first_token_, tokens_;
+  const bool dynamic_;
+  const row_kernels& rows_;
+  context_scratch& scratch_;
   const std::vector<block> blocks_;
+  int most_rows_ = 1;
   std::size_t group_ = 1;  // panels of the output in one item
-  char* hidden_ = nullptr;
+  std::vector<slice_run> slices_;
 };
 
-void layer_run::reserve(thread_scratch& t, int threads) {
-  int rows = 1;
-  for (const block& b : blocks_) rows = std::max(rows, b.rows);
+void layer_run::prepare(int threads) {
+  scratch_.slices.resize(e_.slices.size());
+  slices_.reserve(e_.slices.size());
+  const std::size_t rows = r_.token.size();
   // Small inputs are cut finely; for large ones an item re-reads all of `hidden`, which wants few items.
-  const bool in_cache = r_.token.size() * e_.down.k * element_ <= 2 * l2_bytes();
-  const std::size_t items = static_cast<std::size_t>(threads) * (in_cache ? 16 : 4);
-  group_ = std::max<std::size_t>(1, e_.down.panels / items);
-  t.rows.reserve(rows * e_.gate_up.k * element_);
-  t.c.reserve(rows * panel_columns * sizeof(float));
-  t.sum.reserve(group_ * tokens_ * panel_columns * sizeof(float));
+  const bool in_cache = rows * block_gemm(k_, e_.slices.front().down).row_bytes() <= 2 * l2_bytes();
+  group_ = std::max<std::size_t>(1, panels() / (static_cast<std::size_t>(threads) * (in_cache ? 16 : 4)));
+  std::size_t row_bytes = 0, c_bytes = 0;
+  for (std::size_t i = 0; i < e_.slices.size(); ++i) {
+    const expert_slice& s = e_.slices[i];
+    slice_run& run = slices_.emplace_back(k_, s);
+    run.items = cut_items(blocks_, s.gate_up.panels(), threads);
+    run.up_queue = queue(run.items.size());
+    run.quantize_queue = queue(blocks_.size());
+    run.down_queue = queue((panels() + group_ - 1) / group_);
+    slice_scratch& memory = scratch_.slices[i];
+    memory.hidden.reserve(rows * run.down.row_bytes());
+    run.hidden = memory.hidden.as();
+    if (dynamic_) {
+      memory.plain.reserve(rows * s.down.layout().k * sizeof(float));
+      memory.scale.reserve(rows * sizeof(float));
+      run.plain = memory.plain.as<float>();
+      run.scale = memory.scale.as<float>();
+    }
+    if (e_.slices.size() > 1) run.partial.resize(panels() * tokens_ * panel_columns);
+    row_bytes = std::max({row_bytes, run.up.row_bytes(), dynamic_ ? s.down.layout().k : 0});
+    c_bytes = std::max({c_bytes, run.up.c_bytes(most_rows_), run.down.c_bytes(most_rows_)});
+  }
+  for (thread_scratch& t : scratch_.threads) {
+    t.rows.reserve(most_rows_ * row_bytes);
+    t.c.reserve(c_bytes);
+    t.scale.reserve(most_rows_ * sizeof(float));
+    t.sum.reserve(group_ * tokens_ * panel_columns * sizeof(float));
+  }
 }
 
-void layer_run::gate_up_items(const std::vector<item>& items, queue& q, thread_scratch& t) const {
-  const packed_weight& w = e_.gate_up;
-  const std::size_t columns = e_.shape.act.gated ? panel_columns / 2 : panel_columns;
-  const auto first_panel = [&](std::size_t i) {
-    return q.has(i) ? w.panel(blocks_[items[i].block].expert, items[i].panel) : nullptr;
+void layer_run::quantize_tokens(thread_pool& pool) {
+  const std::size_t k = slices_.front().s.gate_up.layout().k, size = size_of(a_.hidden_type);
+  scratch_.codes.reserve(tokens_ * k);
+  scratch_.scale.reserve(tokens_ * sizeof(float));
+  constexpr std::size_t at_once = 4;
+  queue q((tokens_ + at_once - 1) / at_once);
+  auto work = [&](int) {
+    const denormals_are_zero mode;
+    for (std::size_t i; q.has(i = q.take());) {
+      const std::size_t first = i * at_once;
+      k_.quantize_rows({static_cast<const char*>(a_.hidden) + (first_token_ + first) * a_.hidden_stride * size,
+                        a_.hidden_type, a_.hidden_stride, std::min(at_once, tokens_ - first), e_.shape.hidden_size, k,
+                        scratch_.codes.as<std::int8_t>() + first * k, scratch_.scale.as<float>() + first});
+    }
   };
+  pool.run(work);
+}
+
+void layer_run::pack_tokens(const slice_run& s, const block& b, thread_scratch& t) const {
+  const std::size_t k = s.s.gate_up.layout().k;
+  const std::int32_t* tokens = r_.token.data() + b.begin;
+  if (!dynamic_) {
+    const std::size_t first = first_token_ * a_.hidden_stride * size_of(a_.hidden_type);
+    return rows_.pack({static_cast<const char*>(a_.hidden) + first, a_.hidden_type, a_.hidden_stride, tokens, b.rows,
+                       e_.shape.hidden_size, k, t.rows.as()});
+  }
+  rows_.pack({scratch_.codes.as(), dtype::f32, k, tokens, b.rows, k, k, t.rows.as()});
+  for (int r = 0; r < b.rows; ++r) t.scale.as<float>()[r] = scratch_.scale.as<float>()[tokens[r]];
+}
+
+void layer_run::gate_up_items(slice_run& s, thread_scratch& t) const {
+  const packed_weight& w = s.s.gate_up;
+  queue& q = s.up_queue;
+  const std::size_t columns = e_.shape.act.gated ? panel_columns / 2 : panel_columns, k = s.s.down.layout().k;
+  const bool round = a_.hidden_type == dtype::bf16 && in_bf16(e_.format.kind);
   std::size_t packed = blocks_.size();  // the block that t.rows holds
   for (std::size_t i = q.take(), next; q.has(i); i = next) {
     next = q.take();
-    const item& it = items[i];
+    const item& it = s.items[i];
     const block& b = blocks_[it.block];
-    if (packed != it.block) {
-      const std::size_t row_bytes = a_.hidden_stride * size_of(a_.hidden_type);
-      k_.pack_rows({static_cast<const char*>(a_.hidden) + first_token_ * row_bytes, a_.hidden_type, a_.hidden_stride,
-                    r_.token.data() + b.begin, b.rows, e_.shape.hidden_size, w.k, t.rows.as()});
-      packed = it.block;
-    }
-    for (std::size_t p = it.panel; p < it.panel + it.panels; ++p) {
-      const char* following = p + 1 < it.panel + it.panels ? w.panel(b.expert, p + 1) : first_panel(next);
-      gemm_({w.panel(b.expert, p), t.rows.as(), b.rows, w.k, t.c.as<float>(), following, w.panel_bytes()});
-      const bool round = a_.hidden_type == dtype::bf16 && w.format == dtype::bf16;
-      k_.activate({t.c.as<float>(), b.rows, w.panel_bias(b.expert, p), e_.shape.act, round, p * columns, e_.down.k,
-                   hidden_of(b)});
-    }
+    if (packed != it.block) pack_tokens(s, b, t);
+    packed = it.block;
+    char* const to =
+        dynamic_ ? reinterpret_cast<char*>(s.plain + b.begin * k) : s.hidden + b.begin * s.down.row_bytes();
+    const char* following = q.has(next) ? w.panel(blocks_[s.items[next].block].expert, s.items[next].panel) : nullptr;
+    s.up.run(b.expert, it.panel, it.panel + it.panels, t.rows.as(), b.rows, t.scale.as<float>(), t.c.as<float>(),
+             following, [&](std::size_t p, const float* c) {
+               rows_.activate({c, b.rows, w.panel_bias(b.expert, p), e_.shape.act, round, p * columns, k, to});
+             });
   }
 }
 
-void layer_run::down_group(std::size_t first, thread_scratch& t) const {
-  const packed_weight& w = e_.down;
-  const std::size_t last = std::min(first + group_, w.panels), sum_size = tokens_ * panel_columns;
+void layer_run::quantize_blocks(slice_run& s, thread_scratch& t) const {
+  const std::size_t k = s.s.down.layout().k;
+  for (std::size_t i; s.quantize_queue.has(i = s.quantize_queue.take());) {
+    const block& b = blocks_[i];
+    k_.quantize_rows({s.plain + b.begin * k, dtype::f32, k, static_cast<std::size_t>(b.rows), k, k,
+                      t.rows.as<std::int8_t>(), s.scale + b.begin});
+    rows_.pack({t.rows.as(), dtype::f32, k, nullptr, b.rows, k, k, s.hidden + b.begin * k});
+  }
+}
+
+void layer_run::down_group(slice_run& s, std::size_t first, thread_scratch& t) const {
+  const packed_weight& w = s.s.down;
+  const std::size_t last = std::min(first + group_, w.panels()), sum_size = tokens_ * panel_columns;
   std::memset(t.sum.as(), 0, (last - first) * sum_size * sizeof(float));
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     const block& b = blocks_[i];
-    for (std::size_t p = first; p < last; ++p) {
-      const char* following = p + 1 < last             ? w.panel(b.expert, p + 1)
-                              : i + 1 < blocks_.size() ? w.panel(blocks_[i + 1].expert, first)
-                                                       : nullptr;
-      gemm_({w.panel(b.expert, p), hidden_of(b), b.rows, w.k, t.c.as<float>(), following, w.panel_bytes()});
-      k_.accumulate({t.c.as<float>(), b.rows, w.panel_bias(b.expert, p), r_.weight.data() + b.begin,
-                     r_.token.data() + b.begin, t.sum.as<float>() + (p - first) * sum_size});
+    const char* following = i + 1 < blocks_.size() ? w.panel(blocks_[i + 1].expert, first) : nullptr;
+    s.down.run(b.expert, first, last, s.hidden + b.begin * s.down.row_bytes(), b.rows, s.scale + b.begin,
+               t.c.as<float>(), following, [&](std::size_t p, const float* c) {
+                 k_.accumulate({c, b.rows, w.panel_bias(b.expert, p), r_.weight.data() + b.begin,
+                                r_.token.data() + b.begin, t.sum.as<float>() + (p - first) * sum_size});
+               });
+  }
+  if (slices_.size() > 1)
+    std::memcpy(s.partial.data() + first * sum_size, t.sum.as(), (last - first) * sum_size * sizeof(float));
+  else
+    for (std::size_t p = first; p < last; ++p) store(p, t.sum.as<float>() + (p - first) * sum_size);
+}
+
+void layer_run::add_slices(thread_pool& pool) {
+  queue q(panels());
+  auto work = [&](int) {
+    const denormals_are_zero mode;
+    for (std::size_t p; q.has(p = q.take());) {
+      const std::size_t size = tokens_ * panel_columns;
+      float* sum = slices_.front().partial.data() + p * size;
+      for (std::size_t s = 1; s < slices_.size(); ++s)
+        for (std::size_t i = 0; i < size; ++i) sum[i] += slices_[s].partial[p * size + i];
+      store(p, sum);
     }
-  }
-  const std::size_t size = size_of(a_.hidden_type);
-  for (std::size_t p = first; p < last; ++p) {
-    const std::size_t column = p * panel_columns, left = e_.shape.hidden_size - column;
-    k_.store({t.sum.as<float>() + (p - first) * sum_size, tokens_,
-              static_cast<int>(std::min<std::size_t>(left, panel_columns)),
-              static_cast<char*>(a_.out) + (first_token_ * a_.out_stride + column) * size, a_.hidden_type,
-              a_.out_stride});
-  }
+  };
+  pool.run(work);
+}
+
+void layer_run::store(std::size_t panel, const float* sum) const {
+  const std::size_t column = panel * panel_columns, left = e_.shape.hidden_size - column;
+  k_.store({sum, nullptr, tokens_, static_cast<int>(std::min<std::size_t>(left, panel_columns)),
+            static_cast<char*>(a_.out) + (first_token_ * a_.out_stride + column) * size_of(a_.hidden_type),
+            a_.hidden_type, a_.out_stride});
 }
 
 // Activated rows between the phases take no more than this; longer inputs are run in several parts.
@@ -268,29 +329,15 @@ constexpr std::size_t most_hidden_bytes = std::size_t{128} << 20;
 
 }  // namespace
 
-struct context::scratch {
-  std::vector<thread_scratch> threads;
-  buffer hidden;
-  routing route;
-};
-
-context::context(int threads) : pool_(threads), scratch_(std::make_unique<scratch>()) {
-  scratch_->threads.resize(pool_.size());
-}
-
-context::~context() = default;
-
-int context::threads() const { return pool_.size(); }
-
 std::string context::moe(const experts& e, const kernel_table& kernels, const moe_arguments& a) {
   const std::lock_guard lock(turn_);
-  const std::size_t token_bytes = a.top_k * e.down.k * sizeof(float);
+  const std::size_t token_bytes = a.top_k * e.shape.intermediate_size * sizeof(float);
   const std::size_t part = std::max<std::size_t>(1, most_hidden_bytes / std::max<std::size_t>(1, token_bytes));
+  routing route;
   for (std::size_t first = 0; first < a.tokens; first += part) {
     const std::size_t tokens = std::min(part, a.tokens - first);
-    if (std::string wrong = bucket(a, first, tokens, e.shape.num_experts, scratch_->route); !wrong.empty())
-      return wrong;
-    layer_run(e, kernels, a, first, tokens, scratch_->route).run(pool_, scratch_->threads, scratch_->hidden);
+    if (std::string wrong = bucket(a, first, tokens, e.shape.num_experts, route); !wrong.empty()) return wrong;
+    layer_run(e, kernels, a, first, tokens, route, *scratch_).run(pool_, places_);
   }
   return {};
 }

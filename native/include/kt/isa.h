@@ -19,6 +19,7 @@ enum : feature_set {
   avx_vnni = 1 << 4,
   amx_bf16 = 1 << 5,
   amx_int8 = 1 << 6,
+  avx512_vbmi = 1 << 7,
 };
 }  // namespace feature
 
@@ -38,11 +39,14 @@ struct isa {
   const char* name;
   feature_set required;
   const kernel_table* kernels;
+  const kernel_table* fallback;  // runs what `kernels` lacks
 };
 
 const std::vector<isa>& all_isas();
 const isa* find_isa(const std::string& name);  // null: no such name in this build
 bool runs_on(const isa& i, feature_set features);
+// The table that multiplies rows of this type with weights of this format.
+const kernel_table& kernels_for(const isa& i, format weights, dtype rows);
 // The best of `all_isas()` for `features`. Where two run the same arithmetic bit for bit, the faster
 // by a short measurement on this machine.
 const isa& select_isa(feature_set features);

@@ -1,26 +1,22 @@
 // The kernels of one instruction set, as plain functions over plain memory.
 //
-// Packed weights: columns (output features) in panels of 32; in a panel, rows of the reduction
-// dimension K in pairs. bf16: [K/2][32][2], so that one 32-bit lane holds an even and an odd k;
-// fp16, fp32: [K][32]. K is even, padding is zero. The layout is the same for every instruction set.
+// Weights lie as kt/layout.h says, the same for every instruction set.
 //
-// Packed activations: tiles of at most `max_rows` rows, each tile [K][rows] (or [K/2][rows][2] in
-// bf16 for dot-product kernels), so that a kernel reads one stream. A block of rows is cut into
-// tiles of near-equal size by the kernels themselves.
+// Packed activations: rows are cut into tiles of at most `max_rows` rows; a tile is [K/unit][rows][unit], so that a
+// kernel reads one stream. The unit is 1 for fp32, 2 for bf16 pairs, 4 for int8, and a tile's row of 64 bytes for AMX.
+// The kernels cut a block of rows into tiles of near-equal size themselves.
 //
-// Order of summation, on every instruction set: pairs of k ascending, in a pair odd before even, one
-// fused multiply-add each. It is what VDPBF16PS does, so all kernels give the same bits.
+// Order of summation of all formats but int8_dyn, on every instruction set but AMX: pairs of k ascending, in a pair
+// odd before even, one fused multiply-add each. It is what VDPBF16PS does, so all kernels give the same bits. Formats
+// with a scale for each group of k sum the group from zero, then add scale * sum, one fused multiply-add, groups
+// ascending; formats with a scale for each column multiply by it at the end. int8_dyn sums integers.
 #pragma once
+#include <kt/layout.h>
+
 #include <cstddef>
 #include <cstdint>
 
 namespace kt {
-
-enum class dtype : std::uint8_t { f32, f16, bf16 };
-constexpr int num_dtypes = 3;
-constexpr std::size_t size_of(dtype t) { return t == dtype::f32 ? 4 : 2; }
-
-constexpr int panel_columns = 32;
 
 enum class activation : std::uint8_t {
   silu,
@@ -38,25 +34,42 @@ struct activation_spec {
   float limit = 0.0f;  // > 0: gate = min(gate, limit), up = clamp(up, -limit, limit)
 };
 
+// Row r of the block is source + index[r] * stride elements.
 struct pack_rows_job {
-  const void* source;  // row r of the block is source + index[r] * stride elements
+  const void* source;
   dtype type;
   std::size_t stride;
-  const std::int32_t* index;
+  const std::int32_t* index;  // null: r
   int rows;
   std::size_t k;         // columns of the source
-  std::size_t k_padded;  // even, >= k
+  std::size_t k_padded;  // >= k
   void* packed;
 };
 
+// codes[r][0, k_padded) = round(row r * (127 / max)), max = max |row r|, zero beyond k; scale[r] = max / 127. Both are
+// zero for max < 2^-100; the scale is NaN where an element is not finite.
+struct quantize_rows_job {
+  const void* source;
+  dtype type;
+  std::size_t stride;
+  std::size_t rows;
+  std::size_t k, k_padded;
+  std::int8_t* codes;
+  float* scale;
+};
+
+// c = rows * panel over k in [k_begin, k_end), both multiples of 128 or the end of K. Of two panels, one after the
+// other in memory, c is [2][rows][32].
 struct gemm_job {
-  const void* panel;  // one packed panel of weights
+  const void* panel;
+  int panels;  // 1 or 2
+  const panel_layout* layout;
   const void* rows_packed;
   int rows;
-  std::size_t k;           // padded
-  float* c;                // [rows][32]
-  const void* next_panel;  // fetched into the cache meanwhile; null: nothing
-  std::size_t panel_bytes;
+  std::size_t k_begin, k_end;
+  float* c;                // [rows][32]; where k_begin > 0, what the call before it left; whole after k_end == K
+  const float* row_scale;  // [rows], int8_dyn only
+  const void* next;        // the same part of the panel or panels to come, fetched meanwhile; null: nothing
 };
 
 // c [rows][32] -> columns [column, column + 16 or 32) of the packed block of the next GEMM.
@@ -83,7 +96,8 @@ struct accumulate_job {
 };
 
 struct store_job {
-  const float* sum;  // [rows][32]
+  const float* sum;   // [rows][32]
+  const float* bias;  // [32] or null: added
   std::size_t rows;
   int columns;  // valid columns, 1..32
   void* out;    // row r at out + r * stride elements
@@ -91,17 +105,27 @@ struct store_job {
   std::size_t stride;
 };
 
-struct kernel_table {
-  void (*pack_rows)(const pack_rows_job&);
-  void (*gemm[num_dtypes])(const gemm_job&);  // by weight format; null: none here
+// How activations lie for a family of formats.
+struct row_kernels {
+  std::size_t bytes;  // of one element
+  void (*pack)(const pack_rows_job&);
   void (*activate)(const activate_job&);
+};
+
+struct kernel_table {
+  void (*gemm[num_formats])(const gemm_job&);  // null: none here
+  row_kernels rows;                            // of all formats but int8_dyn
+  // int8_dyn: `pack` copies int8 codes; `activate` writes plain fp32 rows [rows][k], which are quantised when whole.
+  row_kernels int8_rows;
+  void (*quantize_rows)(const quantize_rows_job&);
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
-  bool rows_in_bf16;  // packed activations are bf16 pairs
-  // Roofline probes: the exclusive-or of all bytes; `rounds` rounds of independent multiply-adds of
-  // the kind that gemm uses, returns the flops done.
+  bool rows_in_bf16;  // `rows` are bf16
+  // Roofline probes: the exclusive-or of all bytes; `rounds` rounds of independent multiply-adds of the kind that
+  // gemm uses for floats and for int8_dyn, returns the operations done.
   std::uint64_t (*read_bytes)(const void* begin, std::size_t bytes);
   double (*arithmetic)(std::size_t rounds);
+  double (*int8_arithmetic)(std::size_t rounds);
 };
 
 }  // namespace kt

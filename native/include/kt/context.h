@@ -1,4 +1,4 @@
-// The forward pass of one MoE layer.
+// The forward passes: an MoE layer, a linear layer; and the threads and memory that they need.
 #pragma once
 #include <kt/experts.h>
 #include <kt/thread_pool.h>
@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 namespace kt {
 
@@ -28,10 +29,27 @@ struct moe_arguments {
   std::size_t out_stride = 0;
 };
 
-// Threads and the memory that a call needs besides its arguments. Calls from several threads take turns.
+// in [rows][k], out [rows][features], both of `type`; strides of rows in elements.
+struct linear_arguments {
+  std::size_t rows = 0, k = 0, features = 0;
+  const void* in = nullptr;
+  dtype type = dtype::f32;
+  std::size_t in_stride = 0;
+  void* out = nullptr;
+  std::size_t out_stride = 0;
+};
+
+// Where the threads of a context run.
+struct thread_place {
+  int slice = 0;  // whose memory is near: it works on this slice of the experts first
+  int cpu = -1;   // -1: wherever the kernel likes
+};
+
+// Calls from several threads take turns.
 class context {
  public:
   explicit context(int threads);
+  explicit context(const std::vector<thread_place>& threads);
   ~context();
   int threads() const;
 
@@ -40,13 +58,18 @@ class context {
   // a weight that is no finite number.
   std::string moe(const experts& e, const kernel_table& kernels, const moe_arguments& arguments);
 
-  // Measured ceilings of this machine with this context's threads.
+  // out[r] = weight * in[r] + bias. `weight` is of one expert.
+  void linear(const packed_weight& weight, const kernel_table& kernels, const linear_arguments& arguments);
+
+  // Measured ceilings of this machine with this context's threads. Memory that is read is kept until the next call
+  // with another size.
   double read_bandwidth(const kernel_table& kernels, std::size_t bytes, int repeats);  // bytes per second
-  double arithmetic(const kernel_table& kernels, int repeats);                         // flops per second
+  double arithmetic(const kernel_table& kernels, bool int8, double seconds);           // operations per second
 
  private:
   struct scratch;
   std::mutex turn_;
+  std::vector<thread_place> places_;
   thread_pool pool_;
   std::unique_ptr<scratch> scratch_;
 };

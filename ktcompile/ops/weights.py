@@ -1,0 +1,48 @@
+"""Weights as the native packing takes them."""
+
+from __future__ import annotations
+
+import torch
+
+from ktcompile import _native
+from ktcompile.quant import QuantizedWeight, WeightFormat
+
+Weight = torch.Tensor | QuantizedWeight
+# (codes, strides of (expert, out, in), scales, zero points or 0, strides of (expert, out, group))
+Address = tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]]
+
+_SCALES = {"int8": "f32", "int8_dyn": "f32", "fp8": "f32", "mxfp4": "e8m0"}
+
+
+def native_format(weight_format: WeightFormat, *weights: QuantizedWeight) -> _native.Format:
+    """Return the native description of a format, in which the scales of `weights` are exact.
+
+    ValueError: scales of 16 bits cannot hold those of the weights.
+    """
+    layout = getattr(_native.Layout, weight_format.layout)
+    if weight_format.codec is None:
+        return _native.Format(layout, 0, _native.ScaleType.none, False)
+    scale = _SCALES.get(weight_format.layout) or _half_of(weight_format, weights)
+    zeros = weight_format.name.endswith("_zp")
+    return _native.Format(layout, weight_format.group_size or 0, getattr(_native.ScaleType, scale), zeros)
+
+
+def _half_of(weight_format: WeightFormat, weights: tuple[QuantizedWeight, ...]) -> str:
+    """Return the 16-bit type that holds all scales; what quantises here makes them bf16."""
+    for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        if all(bool((w.scales.to(dtype) == w.scales).all()) for w in weights):
+            return name
+    raise ValueError(f"scales of {weight_format.name} must be exact in bf16, or in fp16, for both weights of a layer")
+
+
+def quantized_address(weight: QuantizedWeight) -> Address:
+    """Return where a quantised weight lies, [E, N, K] or [N, K]."""
+    scales, zeros = weight.scales, weight.zeros
+    assert zeros is None or zeros.stride() == scales.stride()
+    places = (weight.codes.data_ptr(), _strides(weight.codes), scales.data_ptr())
+    return (*places, 0 if zeros is None else zeros.data_ptr(), _strides(scales))
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    strides = tensor.stride()
+    return (0 if tensor.dim() == 2 else strides[-3], strides[-2], strides[-1])

@@ -1,0 +1,100 @@
+// One weight of all experts in panels (kt/layout.h), and how it gets there.
+#pragma once
+#include <kt/buffer.h>
+#include <kt/layout.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kt {
+
+// Element (expert, n, k) of a weight: n is the output feature, k the input feature. Strides in elements.
+struct weight_view {
+  void* data = nullptr;
+  dtype type = dtype::f32;
+  std::ptrdiff_t stride_expert = 0, stride_n = 0, stride_k = 0;
+};
+
+// A quantised weight, a byte for each code. Scale (and zero point) g of (expert, n) is that of the k of group g.
+// mxfp4's scales are powers of two.
+struct quantized_view {
+  const std::uint8_t* codes = nullptr;
+  std::ptrdiff_t stride_expert = 0, stride_n = 0, stride_k = 0;
+  const float* scales = nullptr;
+  const std::uint8_t* zeros = nullptr;  // null: none
+  std::ptrdiff_t scale_stride_expert = 0, scale_stride_n = 0, scale_stride_group = 0;
+};
+
+// Element (expert, n) of a bias.
+struct bias_view {
+  const void* data = nullptr;  // null: no bias
+  dtype type = dtype::f32;
+  std::ptrdiff_t stride_expert = 0, stride_n = 0;
+};
+
+// Which output feature a column of a panel holds.
+class column_map {
+ public:
+  // Column i is feature begin + i.
+  static column_map plain(std::size_t begin, std::size_t features) { return {begin, features, 0, false}; }
+  // Panels of 16 gate and 16 up columns: gate column i is row begin + i of the weight, up column i is row
+  // `up` + begin + i; interleaved: 2 (begin + i) and 2 (begin + i) + 1.
+  static column_map gated(std::size_t begin, std::size_t features, std::size_t up, bool interleaved) {
+    column_map m{begin, features, up, interleaved};
+    m.gated_ = true;
+    return m;
+  }
+
+  std::size_t per_panel() const { return gated_ ? panel_columns / 2 : panel_columns; }
+  std::ptrdiff_t feature(std::size_t panel, int column) const {  // -1: padding
+    const bool up = gated_ && column >= panel_columns / 2;
+    const std::size_t i = panel * per_panel() + column - (up ? panel_columns / 2 : 0);
+    if (i >= features_) return -1;
+    return static_cast<std::ptrdiff_t>(interleaved_ ? 2 * (begin_ + i) + up : begin_ + i + (up ? up_ : 0));
+  }
+
+ private:
+  column_map(std::size_t begin, std::size_t features, std::size_t up, bool interleaved)
+      : begin_(begin), features_(features), up_(up), interleaved_(interleaved) {}
+  std::size_t begin_, features_, up_;
+  bool interleaved_, gated_ = false;
+};
+
+class packed_weight {
+ public:
+  packed_weight(const weight_format& format, int num_experts, std::size_t panels, std::size_t k_begin, std::size_t k,
+                const column_map& columns, int node);  // zeroed
+
+  const panel_layout& layout() const { return layout_; }
+  std::size_t panels() const { return panels_; }  // of one expert
+  std::size_t panel_bytes() const { return panel_bytes_; }
+  const char* panel(std::size_t expert, std::size_t p) const {
+    return data_.as<const char>((expert * panels_ + p) * panel_bytes_);
+  }
+  const float* panel_bias(std::size_t expert, std::size_t p) const {
+    return bias_.bytes() ? bias_.as<const float>() + (expert * panels_ + p) * panel_columns : nullptr;
+  }
+  std::size_t bytes() const { return data_.bytes() + bias_.bytes(); }
+
+  // One expert at a time, so that the source of each can be freed as soon as it has been read. Of a format of floats,
+  // and of the others.
+  void pack(int expert, const weight_view& source);
+  void pack(int expert, const quantized_view& source);
+  void pack_bias(const bias_view& source);
+  // Writes the weights of one expert, dequantised, to where `pack` would read them from.
+  void unpack(int expert, const weight_view& target) const;
+
+ private:
+  template <class F>
+  void for_columns(int expert, F f) const;
+
+  panel_layout layout_;
+  int num_experts_;
+  std::size_t panels_, k_begin_, k_;  // k [k_begin, k_begin + k) of the source
+  column_map columns_;
+  std::size_t panel_bytes_;
+  buffer data_;
+  buffer bias_;  // fp32 [expert][panel][32]; empty: none
+};
+
+}  // namespace kt

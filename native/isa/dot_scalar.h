@@ -1,0 +1,21 @@
+// Four products of int8 codes added to one 32-bit sum.
+struct dot {
+  using i32 = std::int32_t;
+  using weights = std::uint32_t;
+  static constexpr bool unsigned_rows = false;
+  static constexpr int tile_vectors(int) { return 4; }
+
+  static i32 zero() { return 0; }
+  static i32 load(const void* p) { return load_as<std::int32_t>(p); }
+  static void store(void* p, i32 x) { __builtin_memcpy(p, &x, 4); }
+  static i32 set1(std::uint32_t four) { return static_cast<i32>(four); }
+  static weights prepare(const char* p) { return load_as<std::uint32_t>(p); }
+  static weights prepare(i32 x) { return static_cast<weights>(x); }
+  static i32 add(i32 acc, i32 x, weights w) {
+    for (int shift = 0; shift < 32; shift += 8)
+      acc += static_cast<signed char>(static_cast<std::uint32_t>(x) >> shift) * static_cast<signed char>(w >> shift);
+    return acc;
+  }
+  static i32 sub(i32 a, i32 b) { return a - b; }
+  static vec::f32 to_float(i32 x) { return static_cast<float>(x); }
+};

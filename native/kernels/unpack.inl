@@ -1,0 +1,281 @@
+// Codes of the quantised formats, a few rows of K at a time, as bf16 numbers in the layout of bf16 panels. They are
+// multiplied from there by the kernels of bf16, so that a format is one function here and one in `vec`.
+
+constexpr std::size_t chunk_k = 256;  // 16 KB of bf16: it stays in the first-level cache
+
+constexpr std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+inline void load_scales(scale_type type, const char* scales, float* to) {
+  for (int c = 0; c < panel_columns; c += vec::lanes) {
+    if (type == scale_type::f32)
+      vec::store(to + c, vec::load(reinterpret_cast<const float*>(scales) + c));
+    else if (type == scale_type::f16)
+      vec::store(to + c, vec::load_f16(scales + 2 * c));
+    else
+      vec::store(to + c, vec::load_bf16(scales + 2 * c));
+  }
+}
+
+// The codes of four k (int4, mxfp4) or two k (int8, fp8), 64 bytes each, of a part of one group.
+template <format F, bool Zeros>
+struct unpacker;
+
+template <bool Zeros>
+struct unpacker<format::int8, Zeros> {
+  static constexpr int k_step = 2;
+  const vec::int8_decoder decode;
+  explicit unpacker(const char*) : decode() {}
+  void operator()(const char* codes, char* out) const { decode(codes, out); }
+};
+
+template <bool Zeros>
+struct unpacker<format::fp8, Zeros> {
+  static constexpr int k_step = 2;
+  const vec::fp8_decoder decode;
+  explicit unpacker(const char*) : decode() {}
+  void operator()(const char* codes, char* out) const { decode(codes, out); }
+};
+
+template <bool Zeros>
+struct unpacker<format::int4, Zeros> {
+  static constexpr int k_step = 4;
+  const typename vec::template int4_decoder<Zeros> decode;
+  explicit unpacker(const char* scales) : decode(scales + 2 * panel_columns) {}  // scales have 16 bits
+  void operator()(const char* codes, char* out) const { decode(codes, out); }
+};
+
+template <bool Zeros>
+struct unpacker<format::mxfp4, Zeros> {
+  static constexpr int k_step = 4;
+  const vec::mxfp4_decoder decode;
+  explicit unpacker(const char* scales) : decode(scales) {}
+  void operator()(const char* codes, char* out) const { decode(codes, out); }
+};
+
+// Walks over the codes of k [k_begin, k_end) of a panel, group by group, fetching the same part of the panel to come.
+template <format F, bool Zeros>
+class code_reader {
+ public:
+  using each = unpacker<F, Zeros>;
+  code_reader(const gemm_job& job, int panel)
+      : l_(*job.layout),
+        panel_(static_cast<const char*>(job.panel) + panel * l_.bytes()),
+        // Without one the present panel is touched again, which costs nothing.
+        ahead_(job.next ? static_cast<const char*>(job.next) + panel * l_.bytes() - l_.code_offset(job.k_begin)
+                        : panel_) {}
+
+  std::size_t group_of(std::size_t k) const { return k / l_.group; }
+  std::size_t group_end(std::size_t g) const { return (g + 1) * l_.group; }
+  std::size_t offset(std::size_t k) const { return l_.code_offset(k); }
+  const char* scales(std::size_t g) const { return panel_ + l_.scale_offset(g); }
+  each of_group(std::size_t g) const { return each(scales(g)); }
+
+  // bf16 of the codes `at` bytes into the panel: k_step of k, in the group of `unpack`.
+  [[gnu::always_inline]] void read(const each& unpack, std::size_t at, char* out) const {
+    prefetch_l1(panel_ + at + l1_distance);
+    prefetch_l2(ahead_ + at);
+    unpack(panel_ + at, out);
+  }
+  void fetch_scales(std::size_t g) const {
+    const std::size_t at = l_.scale_offset(g);
+    for (std::size_t i = 0; i < l_.scale_bytes(); i += 64) {
+      prefetch_l1(panel_ + at + i + l1_distance);
+      prefetch_l2(ahead_ + at + i);
+    }
+  }
+
+ private:
+  const panel_layout& l_;
+  const char* const panel_;
+  const char* const ahead_;
+};
+
+// bf16 of k [k, end), group by group. Calls each_group(g).
+template <format F, bool Zeros, class EachGroup>
+[[gnu::always_inline]] inline void read_chunk(const code_reader<F, Zeros>& reader, std::size_t k, std::size_t end,
+                                              char* out, EachGroup each_group) {
+  using each = typename code_reader<F, Zeros>::each;
+  while (k < end) {
+    const std::size_t g = reader.group_of(k), stop = least(reader.group_end(g), end);
+    const each unpack = reader.of_group(g);
+    for (std::size_t at = reader.offset(k); k < stop; k += each::k_step, at += 64) {
+      reader.read(unpack, at, out);
+      out += each::k_step * panel_columns * 2;
+    }
+    each_group(g);
+  }
+}
+
+template <int P, int M, int N>
+[[gnu::always_inline]] inline void start(vec::f32 (&acc)[P][M][N], const float* c, bool zero) {
+  KT_UNROLLED (p, P)
+    KT_UNROLLED (m, M)
+      KT_UNROLLED (n, N)
+        acc[p][m][n] = zero ? vec::zero() : vec::load(c + (p * M + m) * panel_columns + n * vec::lanes);
+}
+
+// A tile of one or two panels that is unpacked as it is multiplied: `a` and `c` are those of the tile.
+template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
+[[gnu::noinline]] void small_tile(const gemm_job& job, const typename Step::a_type* a, float* c) {
+  using reader_type = code_reader<F, Zeros>;
+  constexpr int n = column_vectors, step = reader_type::each::k_step;
+  // Whether what the groups add up to stays in registers too.
+  constexpr bool in_registers = Grouped && 2 * Panels * M * n <= vec::accumulators;
+  alignas(64) float scales[panel_columns];
+  const panel_layout& l = *job.layout;
+  const reader_type readers[2] = {{job, 0}, {job, Panels - 1}};
+  vec::f32 acc[Panels][M][n], total[Panels][M][n];
+  if (!Grouped) start(acc, c, job.k_begin == 0);
+  if (in_registers) start(total, c, job.k_begin == 0);
+  for (std::size_t k = job.k_begin; k < job.k_end;) {
+    const std::size_t g = readers[0].group_of(k), stop = least(readers[0].group_end(g), job.k_end);
+    const typename reader_type::each unpack[2] = {readers[0].of_group(g), readers[1].of_group(g)};
+    if (Grouped) start(acc, c, true);
+    for (std::size_t at = readers[0].offset(k); k < stop; k += step, at += 64) {
+      alignas(64) char bf16[Panels][step * panel_columns * 2];  // in registers, where the compiler can
+      KT_UNROLLED (p, Panels) readers[p].read(unpack[p], at, bf16[p]);
+      KT_UNROLLED (pair, step / 2) {
+        KT_UNROLLED (p, Panels) Step::run(acc[p], bf16[p] + pair * Step::pair_bytes, a);
+        a += Step::a_per_row * M;
+      }
+    }
+    KT_UNROLLED (p, Panels) {
+      if (l.format.group) readers[p].fetch_scales(g);
+      if (!Grouped) continue;
+      load_scales(l.format.scale, readers[p].scales(g), scales);
+      KT_UNROLLED (v, n) {
+        const vec::f32 scale = vec::load(scales + v * vec::lanes);
+        KT_UNROLLED (m, M) {
+          float* to = c + (p * M + m) * panel_columns + v * vec::lanes;
+          if (in_registers)
+            total[p][m][v] = vec::fma(scale, acc[p][m][v], total[p][m][v]);
+          else
+            vec::store(to, vec::fma(scale, acc[p][m][v], g ? vec::load(to) : vec::zero()));
+        }
+      }
+    }
+  }
+  if (Grouped && !in_registers) return;
+  const bool scaled = !Grouped && F != format::mxfp4 && job.k_end == l.k;
+  KT_UNROLLED (p, Panels) {
+    if (scaled) load_scales(l.format.scale, readers[p].scales(0), scales);
+    KT_UNROLLED (v, n) {
+      const vec::f32 scale = scaled ? vec::load(scales + v * vec::lanes) : vec::set1(1.0f);
+      KT_UNROLLED (m, M) {
+        const vec::f32 sum = in_registers ? total[p][m][v] : acc[p][m][v];
+        vec::store(c + (p * M + m) * panel_columns + v * vec::lanes, scaled ? vec::mul(sum, scale) : sum);
+      }
+    }
+  }
+}
+
+// By number of rows, from 1; only as many as keep the sums of all columns in registers.
+template <class Step, format F, bool Zeros, bool Grouped, int Panels>
+struct small_tiles {
+  static constexpr int count() {
+    int most = 0;
+    for (int m = 1; m <= vec::max_rows && vec::tile_vectors(m) == column_vectors; ++m)
+      if (m * column_vectors * Panels <= vec::accumulators) most = m;
+    return most;
+  }
+  void (*by_rows[count() + 1])(const gemm_job&, const typename Step::a_type*, float*);
+  constexpr small_tiles() : by_rows() { fill<count()>(); }
+
+ private:
+  template <int M>
+  constexpr void fill() {
+    if constexpr (M > 0) {
+      by_rows[M - 1] = small_tile<Step, F, Zeros, Grouped, M, Panels>;
+      fill<M - 1>();
+    }
+  }
+};
+
+// Whether the job was done by such tiles: one, or all where unpacking is free beside the products.
+template <class Step, format F, bool Zeros, bool Grouped>
+bool small_job(const gemm_job& job) {
+  static constexpr small_tiles<Step, F, Zeros, Grouped, 1> one;
+  static constexpr small_tiles<Step, F, Zeros, Grouped, 2> two;
+  const auto* a = static_cast<const typename Step::a_type*>(job.rows_packed);
+  if (job.panels == 2) {
+    if (job.rows > two.count()) return false;
+    two.by_rows[job.rows - 1](job, a + job.k_begin * job.rows / 2 * Step::a_per_row, job.c);
+    return true;
+  }
+  const tiling<> cut(job.rows);
+  if (one.count() < vec::max_rows ? job.rows > one.count() : cut.count > Step::unpacked_tiles) return false;
+  for (int t = 0; t < cut.count; ++t) {
+    const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
+    one.by_rows[rows - 1](job, a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row,
+                          job.c + begin * panel_columns);
+  }
+  return true;
+}
+
+constexpr auto no_fetch = [](int) { return prefetch{}; };
+
+// One scale for each column and group of k.
+template <class Step, format F, bool Zeros>
+void gemm_grouped(const gemm_job& job) {
+  if (small_job<Step, F, Zeros, true>(job)) return;
+  if (job.panels > 1) return each_panel<gemm_grouped<Step, F, Zeros>>(job);
+  alignas(64) char bf16[chunk_k * panel_columns * 2];
+  alignas(64) float scales[chunk_k / 32 * panel_columns];
+  const panel_layout& l = *job.layout;
+  const code_reader<F, Zeros> reader(job, 0);
+  if (job.k_begin == 0) __builtin_memset(job.c, 0, static_cast<std::size_t>(job.rows) * panel_columns * sizeof(float));
+  for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
+    end = least(k + chunk_k, job.k_end);
+    const std::size_t first = reader.group_of(k), whole = (end - k) / l.group;
+    read_chunk(reader, k, end, bf16, [&](std::size_t g) {
+      reader.fetch_scales(g);
+      load_scales(l.format.scale, reader.scales(g), scales + (g - first) * panel_columns);
+    });
+    if (whole) tile_rows<Step, false>(job, bf16, k, l.group / 2, grouped{whole, scales}, no_fetch);
+    if (const std::size_t rest = end - k - whole * l.group)  // the last group of K is shorter
+      tile_rows<Step, false>(job, bf16 + whole * l.group * panel_columns * 2, end - rest, rest / 2,
+                             grouped{1, scales + whole * panel_columns}, no_fetch);
+  }
+}
+
+// One scale for each column, or none (mxfp4: its scales are in the bf16 numbers).
+template <class Step, format F>
+void gemm_carried(const gemm_job& job) {
+  if (small_job<Step, F, false, false>(job)) return;
+  if (job.panels > 1) return each_panel<gemm_carried<Step, F>>(job);
+  alignas(64) char bf16[chunk_k * panel_columns * 2];
+  alignas(64) float scales[panel_columns];
+  const panel_layout& l = *job.layout;
+  const code_reader<F, false> reader(job, 0);
+  const bool scaled = F != format::mxfp4 && job.k_end == l.k;
+  if (scaled) load_scales(l.format.scale, reader.scales(0), scales);
+  for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
+    end = least(k + chunk_k, job.k_end);
+    read_chunk(reader, k, end, bf16, [&](std::size_t g) {
+      if (l.format.group) reader.fetch_scales(g);
+    });
+    tile_rows<Step, false>(job, bf16, k, (end - k) / 2, carried{k == 0, scaled && end == l.k ? scales : nullptr},
+                           no_fetch);
+  }
+}
+
+template <class Step>
+void gemm_int8(const gemm_job& job) {
+  gemm_carried<Step, format::int8>(job);
+}
+
+template <class Step>
+void gemm_fp8(const gemm_job& job) {
+  job.layout->format.group ? gemm_grouped<Step, format::fp8, false>(job) : gemm_carried<Step, format::fp8>(job);
+}
+
+template <class Step>
+void gemm_int4(const gemm_job& job) {
+  job.layout->format.zero_points ? gemm_grouped<Step, format::int4, true>(job)
+                                 : gemm_grouped<Step, format::int4, false>(job);
+}
+
+template <class Step>
+void gemm_mxfp4(const gemm_job& job) {
+  gemm_carried<Step, format::mxfp4>(job);
+}

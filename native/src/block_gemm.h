@@ -1,0 +1,78 @@
+// Products of a block of packed rows with panels of one weight, blocked for the caches.
+#pragma once
+#include <kt/kernels.h>
+#include <kt/packed.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstddef>
+
+namespace kt {
+
+inline std::size_t l2_bytes() {
+  static const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size > 0 ? static_cast<std::size_t>(size) : std::size_t{1} << 20;
+}
+
+// Kernels of one weight on rows of one kind.
+class block_gemm {
+ public:
+  block_gemm(const kernel_table& kernels, const packed_weight& w)
+      : gemm_(kernels.gemm[static_cast<int>(w.layout().format.kind)]),
+        w_(w),
+        row_bytes_(w.layout().k *
+                   (w.layout().format.kind == format::int8_dyn ? kernels.int8_rows : kernels.rows).bytes) {}
+
+  std::size_t row_bytes() const { return row_bytes_; }
+  // Rows of a block that are enough to read a panel from memory once for many products.
+  std::size_t most_rows() const { return std::clamp<std::size_t>(l2_bytes() / 2 / row_bytes_, 128, 256); }
+  // Bytes of `c` for blocks of this many rows.
+  std::size_t c_bytes(std::size_t rows) const { return at_once(rows) * rows * panel_columns * sizeof(float); }
+
+  // Calls done(p, c [rows][32]) for panels [first, last) of an expert, ascending. `following` is what the thread
+  // multiplies afterwards, fetched meanwhile; null: nothing.
+  template <class F>
+  void run(std::size_t expert, std::size_t first, std::size_t last, const void* rows_packed, std::size_t rows,
+           const float* row_scale, float* c, const char* following, F done) const {
+    const panel_layout& l = w_.layout();
+    const std::size_t step = chunk(rows), most = at_once(rows);
+    for (std::size_t begin = first; begin < last; begin += most) {
+      const std::size_t end = std::min(begin + most, last);
+      const char* after = end < last ? w_.panel(expert, end) : following;
+      // Where rows do not fit into the cache all panels go over a part of K before the next part.
+      for (std::size_t k = 0; k < l.k; k += step) {
+        const std::size_t k_end = std::min(k + step, l.k), offset = l.code_offset(k);
+        for (std::size_t p = begin, count; p < end; p += count) {
+          count = rows <= few_rows ? std::min<std::size_t>(2, end - p) : 1;
+          const char* next = p + count < end ? w_.panel(expert, p + count) + offset
+                             : k_end < l.k   ? w_.panel(expert, begin) + l.code_offset(k_end)
+                                             : after;
+          gemm_({w_.panel(expert, p), static_cast<int>(count), &l, rows_packed, static_cast<int>(rows), k, k_end,
+                 c + (p - begin) * rows * panel_columns, row_scale, next});
+        }
+      }
+      for (std::size_t p = begin; p < end; ++p) done(p, c + (p - begin) * rows * panel_columns);
+    }
+  }
+
+ private:
+  // How much of K is multiplied at once: so much that the rows take half of the second-level cache.
+  std::size_t chunk(std::size_t rows) const {
+    const std::size_t k = w_.layout().k, fits = l2_bytes() / 2 * k / (rows * row_bytes_) / 128 * 128;
+    return fits >= k ? k : std::max<std::size_t>(fits, 512);
+  }
+  // Few rows take two panels, which shortens no sum but has twice as many under way. Where K is cut, as many as have
+  // sums that take a quarter of the cache.
+  std::size_t at_once(std::size_t rows) const {
+    if (chunk(rows) == w_.layout().k) return rows <= few_rows ? 2 : 1;
+    return std::max<std::size_t>(1, l2_bytes() / 4 / (rows * panel_columns * sizeof(float)));
+  }
+
+  static constexpr std::size_t few_rows = 4;
+
+  void (*const gemm_)(const gemm_job&);
+  const packed_weight& w_;
+  const std::size_t row_bytes_;
+};
+
+}  // namespace kt

@@ -1,0 +1,252 @@
+#include <kt/packed.h>
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace kt {
+namespace {
+#include "../kernels/float_bits.inl"
+
+std::uint16_t f32_to_bf16(float x) {
+  const std::uint32_t u = as_u32(x);
+  if (x != x) return static_cast<std::uint16_t>(u >> 16 | 0x40u);
+  return static_cast<std::uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+}
+
+float bf16_to_f32(std::uint16_t h) { return as_f32(static_cast<std::uint32_t>(h) << 16); }
+
+template <dtype T>
+struct element {  // fp32
+  using storage = float;
+  static float get(storage x) { return x; }
+  static storage put(float x) { return x; }
+};
+template <>
+struct element<dtype::f16> {
+  using storage = std::uint16_t;
+  static float get(storage x) { return f16_to_f32(x); }
+  static storage put(float x) { return f32_to_f16(x); }
+};
+template <>
+struct element<dtype::bf16> {
+  using storage = std::uint16_t;
+  static float get(storage x) { return bf16_to_f32(x); }
+  static storage put(float x) { return f32_to_bf16(x); }
+};
+
+template <dtype From, dtype To>
+typename element<To>::storage convert(typename element<From>::storage x) {
+  if constexpr (From == To)
+    return x;
+  else
+    return element<To>::put(element<From>::get(x));
+}
+
+// Calls f with the dtype as a compile-time constant.
+template <class F>
+auto with_dtype(dtype t, F f) {
+  switch (t) {
+    case dtype::f32: return f(std::integral_constant<dtype, dtype::f32>{});
+    case dtype::f16: return f(std::integral_constant<dtype, dtype::f16>{});
+    default: return f(std::integral_constant<dtype, dtype::bf16>{});
+  }
+}
+
+dtype dtype_of(format f) { return f == format::f32 ? dtype::f32 : f == format::f16 ? dtype::f16 : dtype::bf16; }
+
+// Place of (k, column) among a panel's floats.
+template <dtype T>
+std::size_t place(std::size_t k, int column) {
+  if constexpr (T == dtype::bf16)
+    return (k / 2 * panel_columns + column) * 2 + k % 2;
+  else
+    return k * panel_columns + column;
+}
+
+// Byte and shift of the code of (k, column) in a panel.
+struct code_place {
+  std::size_t byte;
+  int shift;
+};
+
+code_place place_of(const panel_layout& l, std::size_t k, std::size_t column) {
+  const std::size_t g = k / l.group * l.group, i = k - g, at = l.code_offset(g);
+  switch (l.format.kind) {
+    case format::int8:
+    case format::fp8: return {at + i / 2 * 64 + column % 16 / 4 * 16 + column / 16 * 8 + column % 4 * 2 + i % 2, 0};
+    case format::int8_dyn: return {at + (i / 4 * panel_columns + column) * 4 + i % 4, 0};
+    default: {
+      const std::size_t word = i / 4 * panel_columns + column % 16 * 2 + i % 2, code = i / 2 % 2 * 2 + column / 16;
+      return {at + word * 2 + code / 2, static_cast<int>(code % 2 * 4)};
+    }
+  }
+}
+
+float code_value(const weight_format& f, unsigned code, int zero) {
+  constexpr float e2m1[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  switch (f.kind) {
+    case format::int4: return static_cast<float>(static_cast<int>(code) - zero);
+    case format::fp8: return e4m3_to_f32(static_cast<int>(code));
+    case format::mxfp4: return code & 8u ? -e2m1[code & 7u] : e2m1[code & 7u];
+    default: return static_cast<float>(static_cast<std::int8_t>(code));
+  }
+}
+
+void put_scale(scale_type type, char* scales, int column, float x) {
+  const std::uint16_t half = type == scale_type::f16 ? f32_to_f16(x) : f32_to_bf16(x);
+  switch (type) {
+    case scale_type::f32: std::memcpy(scales + 4 * column, &x, 4); break;
+    case scale_type::e8m0: scales[column] = static_cast<char>(as_u32(x) >> 23); break;
+    default: std::memcpy(scales + 2 * column, &half, 2);
+  }
+}
+
+float get_scale(scale_type type, const char* scales, int column) {
+  switch (type) {
+    case scale_type::f32: return load_as<float>(scales + 4 * column);
+    case scale_type::f16: return f16_to_f32(load_as<std::uint16_t>(scales + 2 * column));
+    case scale_type::bf16: return bf16_to_f32(load_as<std::uint16_t>(scales + 2 * column));
+    default: return as_f32(static_cast<std::uint32_t>(static_cast<unsigned char>(scales[column])) << 23);
+  }
+}
+
+// Scales that the kernels multiply rightly: bf16 weights of mxfp4 must stay normal numbers.
+void check_scale(const weight_format& f, float scale, int expert, std::ptrdiff_t n, std::size_t g) {
+  const float size = std::fabs(scale);
+  const bool power = (as_u32(scale) & 0x007fffffu) == 0 && scale > 0;
+  const bool fits = std::isfinite(scale) &&
+                    (f.kind != format::mxfp4 || (power && size >= 0x1p-120f && size <= 0x1p120f)) &&
+                    (f.scale != scale_type::f16 || size <= 65504.0f);
+  if (fits) return;
+  throw std::invalid_argument("the scale of expert " + std::to_string(expert) + ", output " + std::to_string(n) +
+                              ", group " + std::to_string(g) + " is " + std::to_string(scale) + "; " +
+                              (f.kind == format::mxfp4 ? "mxfp4 needs a power of two from 2^-120 to 2^120"
+                                                       : "it must be a number that the format can hold"));
+}
+
+}  // namespace
+
+packed_weight::packed_weight(const weight_format& format, int num_experts, std::size_t panels, std::size_t k_begin,
+                             std::size_t k, const column_map& columns, int node)
+    : layout_(format, k),
+      num_experts_(num_experts),
+      panels_(panels),
+      k_begin_(k_begin),
+      k_(k),
+      columns_(columns),
+      panel_bytes_(layout_.bytes()),
+      data_(num_experts * panels * panel_bytes_, node) {}
+
+// Calls f(feature, panel data, column) for each column of an expert that is no padding.
+template <class F>
+void packed_weight::for_columns(int expert, F f) const {
+  for (std::size_t p = 0; p < panels_; ++p)
+    for (int column = 0; column < panel_columns; ++column)
+      if (const std::ptrdiff_t n = columns_.feature(p, column); n >= 0)
+        f(n, data_.as<char>((expert * panels_ + p) * panel_bytes_), column);
+}
+
+void packed_weight::pack(int expert, const weight_view& source) {
+  with_dtype(source.type, [&](auto from) {
+    with_dtype(dtype_of(layout_.format.kind), [&](auto to) {
+      constexpr dtype From = from(), To = to();
+      using in_type = typename element<From>::storage;
+      for_columns(expert, [&](std::ptrdiff_t n, char* panel, int column) {
+        const auto* in = static_cast<const in_type*>(source.data) + expert * source.stride_expert +
+                         n * source.stride_n + static_cast<std::ptrdiff_t>(k_begin_) * source.stride_k;
+        auto* out = reinterpret_cast<typename element<To>::storage*>(panel);
+        for (std::size_t i = 0; i < k_; ++i) out[place<To>(i, column)] = convert<From, To>(in[i * source.stride_k]);
+      });
+    });
+  });
+}
+
+void packed_weight::pack(int expert, const quantized_view& source) {
+  const panel_layout& l = layout_;
+  const bool four_bits = l.format.kind == format::int4 || l.format.kind == format::mxfp4;
+  const std::size_t first_group = l.format.group ? k_begin_ / l.group : 0;
+  for_columns(expert, [&](std::ptrdiff_t n, char* panel, int column) {
+    const std::uint8_t* in = source.codes + expert * source.stride_expert + n * source.stride_n +
+                             static_cast<std::ptrdiff_t>(k_begin_) * source.stride_k;
+    const std::ptrdiff_t scales = expert * source.scale_stride_expert + n * source.scale_stride_n;
+    std::int32_t sum = 0;
+    for (std::size_t g = 0; g < l.groups(); ++g) {
+      if (g * l.group >= k_) break;  // padding
+      const std::ptrdiff_t at = scales + static_cast<std::ptrdiff_t>(first_group + g) * source.scale_stride_group;
+      char* scale = panel + l.scale_offset(g);
+      check_scale(l.format, source.scales[at], expert, n, first_group + g);
+      put_scale(l.format.scale, scale, column, source.scales[at]);
+      if (l.format.zero_points) scale[2 * panel_columns + column] = static_cast<char>(source.zeros[at]);
+      const std::size_t end = std::min((g + 1) * l.group, k_);
+      for (std::size_t k = g * l.group; k < end; ++k) {
+        const std::uint8_t code = in[static_cast<std::ptrdiff_t>(k) * source.stride_k];
+        const code_place to = place_of(l, k, column);
+        if (four_bits)
+          panel[to.byte] = static_cast<char>((panel[to.byte] & ~(15 << to.shift)) | (code & 15) << to.shift);
+        else
+          panel[to.byte] = static_cast<char>(code);
+        sum += static_cast<std::int8_t>(code);
+      }
+    }
+    if (l.format.kind == format::int8_dyn) {
+      sum *= 128;
+      std::memcpy(panel + l.scale_offset(0) + (panel_columns + column) * 4, &sum, 4);
+    }
+  });
+}
+
+void packed_weight::unpack(int expert, const weight_view& target) const {
+  const panel_layout& l = layout_;
+  with_dtype(target.type, [&](auto to) {
+    constexpr dtype To = to();
+    using out_type = typename element<To>::storage;
+    const auto row = [&](std::ptrdiff_t n) {
+      return static_cast<out_type*>(target.data) + expert * target.stride_expert + n * target.stride_n +
+             static_cast<std::ptrdiff_t>(k_begin_) * target.stride_k;
+    };
+    if (is_float(l.format.kind)) {
+      with_dtype(dtype_of(l.format.kind), [&](auto from) {
+        constexpr dtype From = from();
+        for_columns(expert, [&](std::ptrdiff_t n, const char* panel, int column) {
+          const auto* in = reinterpret_cast<const typename element<From>::storage*>(panel);
+          out_type* out = row(n);
+          for (std::size_t i = 0; i < k_; ++i) out[i * target.stride_k] = convert<From, To>(in[place<From>(i, column)]);
+        });
+      });
+      return;
+    }
+    for_columns(expert, [&](std::ptrdiff_t n, const char* panel, int column) {
+      out_type* out = row(n);
+      for (std::size_t k = 0; k < k_; ++k) {
+        const char* scales = panel + l.scale_offset(k / l.group);
+        const code_place from = place_of(l, k, column);
+        const bool four_bits = l.format.kind == format::int4 || l.format.kind == format::mxfp4;
+        const unsigned byte = static_cast<unsigned char>(panel[from.byte]);
+        const unsigned code = four_bits ? byte >> from.shift & 15u : byte;
+        const int zero = l.format.zero_points ? static_cast<unsigned char>(scales[2 * panel_columns + column]) : 8;
+        const float x = code_value(l.format, code, zero) * get_scale(l.format.scale, scales, column);
+        out[static_cast<std::ptrdiff_t>(k) * target.stride_k] = element<To>::put(x);
+      }
+    });
+  });
+}
+
+void packed_weight::pack_bias(const bias_view& source) {
+  if (!source.data) return;
+  bias_ = buffer(num_experts_ * panels_ * panel_columns * sizeof(float));
+  with_dtype(source.type, [&](auto from) {
+    constexpr dtype From = from();
+    const auto* in = static_cast<const typename element<From>::storage*>(source.data);
+    for (int e = 0; e < num_experts_; ++e)
+      for (std::size_t p = 0; p < panels_; ++p)
+        for (int column = 0; column < panel_columns; ++column)
+          if (const std::ptrdiff_t n = columns_.feature(p, column); n >= 0)
+            bias_.as<float>()[(e * panels_ + p) * panel_columns + column] =
+                element<From>::get(in[e * source.stride_expert + n * source.stride_n]);
+  });
+}
+
+}  // namespace kt
