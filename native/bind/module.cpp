@@ -152,6 +152,9 @@ NB_MODULE(_native, m) {
         return std::string(kt::select_isa(names_to_features(features)).name);
       },
       "features"_a, "Name of the instruction set to use; among those that give the same bits the faster, measured.");
+  m.def(
+      "sums_on_tiles", [](const std::string& name) { return isa_named(name).kernels->tiles; }, "isa"_a,
+      "Whether floats are summed in the order of AMX, which rounds otherwise than all other instruction sets.");
   m.def("cpu_features", [] { return features_to_names(kt::cpu_features()); }, "Features that this CPU reports.");
   m.def(
       "executes", [](const std::vector<std::string>& features) { return kt::executes(names_to_features(features)); },

@@ -1,8 +1,8 @@
-// Four products of int8 codes added to one 32-bit sum.
+// Four products of int8 codes added to one 32-bit sum; those of rows are stored as code + 128.
 struct dot {
   using i32 = std::int32_t;
   using weights = std::uint32_t;
-  static constexpr bool unsigned_rows = false;
+  static constexpr bool unsigned_rows = true;
   static constexpr int tile_vectors(int) { return 4; }
 
   static i32 zero() { return 0; }
@@ -13,7 +13,7 @@ struct dot {
   static weights prepare(i32 x) { return static_cast<weights>(x); }
   static i32 add(i32 acc, i32 x, weights w) {
     for (int shift = 0; shift < 32; shift += 8)
-      acc += static_cast<signed char>(static_cast<std::uint32_t>(x) >> shift) * static_cast<signed char>(w >> shift);
+      acc += static_cast<unsigned char>(static_cast<std::uint32_t>(x) >> shift) * static_cast<signed char>(w >> shift);
     return acc;
   }
   static i32 sub(i32 a, i32 b) { return a - b; }

@@ -24,7 +24,7 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   set(format::int4, gemm_int4<Step>);
   set(format::fp8, gemm_fp8<Step>);
   set(format::mxfp4, gemm_mxfp4<Step>);
-  set(format::int8_dyn, each_panel<gemm_int8_dyn<dot>>);
+  set(format::int8_dyn, each_panel<gemm_int8_dyn<dot, 4>>);
   t.rows = rows;
   t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows>, activate<block<float, 1, 1>>};
   t.quantize_rows = quantize_rows;

@@ -1,38 +1,42 @@
 // Products of int8 codes: exact integer sums, the same on every instruction set. Needs `dot`, four products added to
 // each 32-bit lane, and `gemm.inl`.
 
-// c holds integers until the end of K.
-template <class Dot, int M, int N>
+// c holds integers until the end of K. Packed rows have `Unit` k of a row together.
+template <class Dot, int Unit, int M, int N>
 [[gnu::noinline]] void int8_tile(const char* w, const std::uint32_t* a, std::size_t quads, float* c, bool first,
                                  prefetch fetch) {
   typename Dot::i32 acc[M][N];
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) acc[m][n] = first ? Dot::zero() : Dot::load(c + m * panel_columns + n * vec::lanes);
-  for (std::size_t q = 0; q < quads; ++q) {
-    for (std::size_t line = 0; line < 4 * panel_columns; line += 64) prefetch_l1(w + l1_distance + line);
-    for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
-    typename Dot::weights b[N];
-    KT_UNROLLED (n, N) b[n] = Dot::prepare(w + n * vec::lanes * 4);
-    KT_UNROLLED (m, M) {
-      const typename Dot::i32 x = Dot::set1(a[m]);
-      KT_UNROLLED (n, N) acc[m][n] = Dot::add(acc[m][n], x, b[n]);
+  constexpr int at_once = Unit / 4;  // quads
+  for (std::size_t q = 0; q < quads; q += at_once) {
+    for (int i = 0; i < at_once; ++i) {
+      for (std::size_t line = 0; line < 4 * panel_columns; line += 64) prefetch_l1(w + l1_distance + line);
+      for (int l = 0; l < fetch.lines; ++l, fetch.next += 64) prefetch_l2(fetch.next);
+      typename Dot::weights b[N];
+      KT_UNROLLED (n, N) b[n] = Dot::prepare(w + n * vec::lanes * 4);
+      KT_UNROLLED (m, M) {
+        const typename Dot::i32 x = Dot::set1(a[m * at_once + i]);
+        KT_UNROLLED (n, N) acc[m][n] = Dot::add(acc[m][n], x, b[n]);
+      }
+      w += 4 * panel_columns;
     }
-    a += M;
-    w += 4 * panel_columns;
+    a += M * at_once;
   }
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) Dot::store(c + m * panel_columns + n * vec::lanes, acc[m][n]);
 }
 
-template <class Dot, int M>
+template <class Dot, int Unit, int M>
 void int8_columns(const char* w, const std::uint32_t* a, std::size_t quads, float* c, bool first, prefetch fetch) {
   constexpr int n = Dot::tile_vectors(M);
   static_assert(column_vectors % n == 0);
   for (int v = 0; v < column_vectors; v += n)
-    int8_tile<Dot, M, n>(w + v * vec::lanes * 4, a, quads, c + v * vec::lanes, first, v == 0 ? fetch : prefetch{});
+    int8_tile<Dot, Unit, M, n>(w + v * vec::lanes * 4, a, quads, c + v * vec::lanes, first,
+                               v == 0 ? fetch : prefetch{});
 }
 
-template <class Dot>
+template <class Dot, int Unit>
 struct int8_tiles {
   void (*by_rows[vec::max_rows])(const char*, const std::uint32_t*, std::size_t, float*, bool, prefetch);
   constexpr int8_tiles() : by_rows() { fill<vec::max_rows>(); }
@@ -41,7 +45,7 @@ struct int8_tiles {
   template <int M>
   constexpr void fill() {
     if constexpr (M > 0) {
-      by_rows[M - 1] = int8_columns<Dot, M>;
+      by_rows[M - 1] = int8_columns<Dot, Unit, M>;
       fill<M - 1>();
     }
   }
@@ -65,9 +69,9 @@ void scale_int8(const gemm_job& job) {
   }
 }
 
-template <class Dot>
+template <class Dot, int Unit>
 void gemm_int8_dyn(const gemm_job& job) {
-  static constexpr int8_tiles<Dot> tiles;
+  static constexpr int8_tiles<Dot, Unit> tiles;
   const std::size_t quads = (job.k_end - job.k_begin) / 4;
   const char* w = static_cast<const char*>(job.panel) + job.layout->code_offset(job.k_begin);
   const tiling<> cut(job.rows);

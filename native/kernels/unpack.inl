@@ -52,57 +52,87 @@ struct unpacker<format::mxfp4, Zeros> {
   void operator()(const char* codes, char* out) const { decode(codes, out); }
 };
 
-// Walks over the codes of k [k_begin, k_end) of a panel, group by group, fetching the same part of the panel to come.
-template <format F, bool Zeros>
-class code_reader {
+// Walks over the codes of a panel from k_begin, group by group.
+template <int KStep>
+class group_walk {
  public:
-  using each = unpacker<F, Zeros>;
-  code_reader(const gemm_job& job, int panel)
+  explicit group_walk(const gemm_job& job)
       : l_(*job.layout),
-        panel_(static_cast<const char*>(job.panel) + panel * l_.bytes()),
-        // Without one the present panel is touched again, which costs nothing.
-        ahead_(job.next ? static_cast<const char*>(job.next) + panel * l_.bytes() - l_.code_offset(job.k_begin)
-                        : panel_) {}
+        scale_bytes_(l_.scale_bytes()),
+        k_(job.k_begin),
+        at_(l_.code_offset(k_)),
+        group_end_(least(k_ - k_ % l_.group + l_.group, l_.k)) {}
 
-  std::size_t group_of(std::size_t k) const { return k / l_.group; }
-  std::size_t group_end(std::size_t g) const { return (g + 1) * l_.group; }
-  std::size_t offset(std::size_t k) const { return l_.code_offset(k); }
-  const char* scales(std::size_t g) const { return panel_ + l_.scale_offset(g); }
-  each of_group(std::size_t g) const { return each(scales(g)); }
-
-  // bf16 of the codes `at` bytes into the panel: k_step of k, in the group of `unpack`.
-  [[gnu::always_inline]] void read(const each& unpack, std::size_t at, char* out) const {
-    prefetch_l1(panel_ + at + l1_distance);
-    prefetch_l2(ahead_ + at);
-    unpack(panel_ + at, out);
-  }
-  void fetch_scales(std::size_t g) const {
-    const std::size_t at = l_.scale_offset(g);
-    for (std::size_t i = 0; i < l_.scale_bytes(); i += 64) {
-      prefetch_l1(panel_ + at + i + l1_distance);
-      prefetch_l2(ahead_ + at + i);
-    }
+  std::size_t k() const { return k_; }
+  std::size_t codes() const { return at_; }                                    // their offset in the panel
+  std::size_t scales() const { return at_ + (group_end_ - k_) / KStep * 64; }  // that of the group's scales
+  std::size_t stop(std::size_t end) const { return end < group_end_ ? end : group_end_; }
+  void go_to(std::size_t stop) {
+    at_ += (stop - k_) / KStep * 64;
+    k_ = stop;
+    if (k_ < group_end_) return;
+    at_ += scale_bytes_;
+    group_end_ = least(k_ + l_.group, l_.k);
   }
 
  private:
   const panel_layout& l_;
-  const char* const panel_;
-  const char* const ahead_;
+  const std::size_t scale_bytes_;
+  std::size_t k_, at_, group_end_;
 };
 
-// bf16 of k [k, end), group by group. Calls each_group(g).
+// Reads a panel, fetching the same part of the panel to come.
+template <format F, bool Zeros>
+class code_reader {
+ public:
+  using each = unpacker<F, Zeros>;
+  using walk = group_walk<each::k_step>;
+  code_reader(const gemm_job& job, int panel)
+      : panel_(static_cast<const char*>(job.panel) + panel * job.layout->bytes()),
+        // Without one the present panel is touched again, which costs nothing.
+        ahead_(job.next ? static_cast<const char*>(job.next) + panel * job.layout->bytes() -
+                              job.layout->code_offset(job.k_begin)
+                        : panel_),
+        scale_bytes_(job.layout->format.group ? job.layout->scale_bytes() : 0) {}
+
+  const char* at(std::size_t offset) const { return panel_ + offset; }
+
+  // bf16 of the codes at an offset: k_step of k, in the group of `unpack`.
+  [[gnu::always_inline]] void read(const each& unpack, std::size_t offset, char* out) const {
+    prefetch_l1(panel_ + offset + l1_distance);
+    prefetch_l2(ahead_ + offset);
+    unpack(panel_ + offset, out);
+  }
+  void fetch_scales(std::size_t offset) const {
+    for (std::size_t i = 0; i < scale_bytes_; i += 64) {
+      prefetch_l1(panel_ + offset + i + l1_distance);
+      prefetch_l2(ahead_ + offset + i);
+    }
+  }
+
+ private:
+  const char* const panel_;
+  const char* const ahead_;
+  const std::size_t scale_bytes_;
+};
+
+// bf16 of k up to `end`, group by group. Calls each_group(offset of the scales).
 template <format F, bool Zeros, class EachGroup>
-[[gnu::always_inline]] inline void read_chunk(const code_reader<F, Zeros>& reader, std::size_t k, std::size_t end,
-                                              char* out, EachGroup each_group) {
+[[gnu::always_inline]] inline void read_chunk(const code_reader<F, Zeros>& reader,
+                                              typename code_reader<F, Zeros>::walk& walk, std::size_t end, char* out,
+                                              EachGroup each_group) {
   using each = typename code_reader<F, Zeros>::each;
-  while (k < end) {
-    const std::size_t g = reader.group_of(k), stop = least(reader.group_end(g), end);
-    const each unpack = reader.of_group(g);
-    for (std::size_t at = reader.offset(k); k < stop; k += each::k_step, at += 64) {
+  while (walk.k() < end) {
+    const std::size_t scales = walk.scales(), stop = walk.stop(end);
+    const each unpack(reader.at(scales));
+    std::size_t at = walk.codes();
+    for (std::size_t k = walk.k(); k < stop; k += each::k_step, at += 64) {
       reader.read(unpack, at, out);
       out += each::k_step * panel_columns * 2;
     }
-    each_group(g);
+    reader.fetch_scales(scales);
+    each_group(scales);
+    walk.go_to(stop);
   }
 }
 
@@ -127,11 +157,15 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
   vec::f32 acc[Panels][M][n], total[Panels][M][n];
   if (!Grouped) start(acc, c, job.k_begin == 0);
   if (in_registers) start(total, c, job.k_begin == 0);
-  for (std::size_t k = job.k_begin; k < job.k_end;) {
-    const std::size_t g = readers[0].group_of(k), stop = least(readers[0].group_end(g), job.k_end);
-    const typename reader_type::each unpack[2] = {readers[0].of_group(g), readers[1].of_group(g)};
+  std::size_t scales_at = 0;
+  for (typename reader_type::walk walk(job); walk.k() < job.k_end;) {
+    const std::size_t k = walk.k(), stop = walk.stop(job.k_end);
+    scales_at = walk.scales();
+    const typename reader_type::each unpack[2] = {typename reader_type::each(readers[0].at(scales_at)),
+                                                  typename reader_type::each(readers[1].at(scales_at))};
     if (Grouped) start(acc, c, true);
-    for (std::size_t at = readers[0].offset(k); k < stop; k += step, at += 64) {
+    const std::size_t end = walk.codes() + (stop - k) / step * 64;
+    for (std::size_t at = walk.codes(); at < end; at += 64) {
       alignas(64) char bf16[Panels][step * panel_columns * 2];  // in registers, where the compiler can
       KT_UNROLLED (p, Panels) readers[p].read(unpack[p], at, bf16[p]);
       KT_UNROLLED (pair, step / 2) {
@@ -140,9 +174,9 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
       }
     }
     KT_UNROLLED (p, Panels) {
-      if (l.format.group) readers[p].fetch_scales(g);
+      readers[p].fetch_scales(scales_at);
       if (!Grouped) continue;
-      load_scales(l.format.scale, readers[p].scales(g), scales);
+      load_scales(l.format.scale, readers[p].at(scales_at), scales);
       KT_UNROLLED (v, n) {
         const vec::f32 scale = vec::load(scales + v * vec::lanes);
         KT_UNROLLED (m, M) {
@@ -150,15 +184,16 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
           if (in_registers)
             total[p][m][v] = vec::fma(scale, acc[p][m][v], total[p][m][v]);
           else
-            vec::store(to, vec::fma(scale, acc[p][m][v], g ? vec::load(to) : vec::zero()));
+            vec::store(to, vec::fma(scale, acc[p][m][v], k ? vec::load(to) : vec::zero()));
         }
       }
     }
+    walk.go_to(stop);
   }
   if (Grouped && !in_registers) return;
   const bool scaled = !Grouped && F != format::mxfp4 && job.k_end == l.k;
   KT_UNROLLED (p, Panels) {
-    if (scaled) load_scales(l.format.scale, readers[p].scales(0), scales);
+    if (scaled) load_scales(l.format.scale, readers[p].at(scales_at), scales);
     KT_UNROLLED (v, n) {
       const vec::f32 scale = scaled ? vec::load(scales + v * vec::lanes) : vec::set1(1.0f);
       KT_UNROLLED (m, M) {
@@ -204,9 +239,11 @@ bool small_job(const gemm_job& job) {
   }
   const tiling<> cut(job.rows);
   if (one.count() < vec::max_rows ? job.rows > one.count() : cut.count > Step::unpacked_tiles) return false;
+  gemm_job each = job;
   for (int t = 0; t < cut.count; ++t) {
     const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
-    one.by_rows[rows - 1](job, a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row,
+    if (t) each.next = nullptr;
+    one.by_rows[rows - 1](each, a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row,
                           job.c + begin * panel_columns);
   }
   return true;
@@ -223,13 +260,15 @@ void gemm_grouped(const gemm_job& job) {
   alignas(64) float scales[chunk_k / 32 * panel_columns];
   const panel_layout& l = *job.layout;
   const code_reader<F, Zeros> reader(job, 0);
+  typename code_reader<F, Zeros>::walk walk(job);
   if (job.k_begin == 0) __builtin_memset(job.c, 0, static_cast<std::size_t>(job.rows) * panel_columns * sizeof(float));
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
     end = least(k + chunk_k, job.k_end);
-    const std::size_t first = reader.group_of(k), whole = (end - k) / l.group;
-    read_chunk(reader, k, end, bf16, [&](std::size_t g) {
-      reader.fetch_scales(g);
-      load_scales(l.format.scale, reader.scales(g), scales + (g - first) * panel_columns);
+    const std::size_t whole = (end - k) / l.group;
+    float* to = scales;
+    read_chunk(reader, walk, end, bf16, [&](std::size_t at) {
+      load_scales(l.format.scale, reader.at(at), to);
+      to += panel_columns;
     });
     if (whole) tile_rows<Step, false>(job, bf16, k, l.group / 2, grouped{whole, scales}, no_fetch);
     if (const std::size_t rest = end - k - whole * l.group)  // the last group of K is shorter
@@ -247,13 +286,12 @@ void gemm_carried(const gemm_job& job) {
   alignas(64) float scales[panel_columns];
   const panel_layout& l = *job.layout;
   const code_reader<F, false> reader(job, 0);
+  typename code_reader<F, false>::walk walk(job);
   const bool scaled = F != format::mxfp4 && job.k_end == l.k;
-  if (scaled) load_scales(l.format.scale, reader.scales(0), scales);
+  if (scaled) load_scales(l.format.scale, reader.at(l.scale_offset(0)), scales);
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
     end = least(k + chunk_k, job.k_end);
-    read_chunk(reader, k, end, bf16, [&](std::size_t g) {
-      if (l.format.group) reader.fetch_scales(g);
-    });
+    read_chunk(reader, walk, end, bf16, [](std::size_t) {});
     tile_rows<Step, false>(job, bf16, k, (end - k) / 2, carried{k == 0, scaled && end == l.k ? scales : nullptr},
                            no_fetch);
   }

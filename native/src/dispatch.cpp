@@ -58,10 +58,14 @@ const isa& select_isa(feature_set features) {
   const isa* best = nullptr;
   for (const isa& i : all_isas()) {
     if (!runs_on(i, features)) continue;
-    // Some CPUs run VDPBF16PS at a quarter of the rate of the fused multiply-adds that it replaces two of.
-    if (best && best->kernels->rows_in_bf16) return speed(*best) >= speed(i) ? *best : i;
-    if (!best) best = &i;
-    if (!best->kernels->rows_in_bf16) break;
+    if (!best) {
+      best = &i;
+    } else if (best->kernels->rows_in_bf16 && speed(*best) < speed(i)) {
+      // Some CPUs run VDPBF16PS at a quarter of the rate of the fused multiply-adds that it replaces two of.
+      best = &i;
+    } else {
+      break;
+    }
   }
   return *best;
 }

@@ -105,6 +105,9 @@ struct store_job {
   std::size_t stride;
 };
 
+// Rows of a block, at most.
+constexpr int most_rows = 256;
+
 // How activations lie for a family of formats.
 struct row_kernels {
   std::size_t bytes;  // of one element
@@ -121,6 +124,7 @@ struct kernel_table {
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
   bool rows_in_bf16;  // `rows` are bf16
+  bool tiles;         // floats are summed in the order of AMX
   // Roofline probes: the exclusive-or of all bytes; `rounds` rounds of independent multiply-adds of the kind that
   // gemm uses for floats and for int8_dyn, returns the operations done.
   std::uint64_t (*read_bytes)(const void* begin, std::size_t bytes);
