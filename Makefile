@@ -64,7 +64,7 @@ valgrind: setup
 
 # Minutes, on a machine where nothing else runs.
 bench: setup
-	$(BIN)/ktc bench moe --preset qwen3-30b-a3b --experts 64
+	$(BIN)/ktc bench kernels --preset qwen3-30b-a3b
 
 wheel: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -1,30 +1,74 @@
-"""The two ceilings of a machine: how fast it reads memory and how fast it multiplies."""
+"""The ceilings of a machine: how fast it reads memory and how fast it multiplies."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ktcompile import _native
 from ktcompile.machine import machine
 
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_UNKNOWN_CACHE = 32 << 20
+_LEAST_PROBE = 512 << 20
+_ARITHMETIC_SECONDS = 0.002
+
 
 @dataclass(frozen=True, slots=True)
-class Roofline:
-    """bandwidth: bytes read per second. flops: floating-point operations per second. Both with all threads."""
+class Ceilings:
+    """bandwidth: bytes read per second. flops: operations per second of each arithmetic. Both on all threads."""
 
     bandwidth: float
-    flops: float
-
-    def seconds(self, bytes_read: float, flops: float) -> float:
-        """Return the least time that this much work can take."""
-        return max(bytes_read / self.bandwidth, flops / self.flops)
+    flops: dict[str, float]
 
 
-def measure(threads: int, bytes_read: int = 1 << 30, repeats: int = 4) -> Roofline:
-    """Return the ceilings with `threads` threads, each the best of `repeats` runs over the ISAs of this machine."""
+class Probe:
+    """Measures the ceilings in some 20 ms, often enough to follow a machine whose memory others use too."""
+
+    def __init__(self, threads: int, arithmetics: Iterable[str]) -> None:
+        self._context = _native.Context(threads)
+        self._arithmetics = tuple(dict.fromkeys(arithmetics))
+        self._bytes = probe_bytes()
+        self.measure()  # the first one wakes threads up and finds no memory mapped
+
+    def measure(self) -> Ceilings:
+        """Return the ceilings of this moment."""
+        return Ceilings(
+            _read_bandwidth(self._context, self._bytes),
+            {a: _arithmetic_rate(self._context, a) for a in self._arithmetics},
+        )
+
+
+def arithmetic_of(weight_format: str, isa: str) -> str:
+    """Return the name of the arithmetic whose ceiling bounds this format on `isa`: kind/isa."""
+    return f"{'int8' if weight_format == 'int8_dyn' else 'float'}/{isa}"
+
+
+def fastest_arithmetic(kind: str, threads: int) -> str:
+    """Return the arithmetic of a kind with the highest rate here, which bounds what does not say what it uses."""
     context = _native.Context(threads)
-    isas = [isa for isa in machine().isas if isa != "scalar"] or ["scalar"]
-    return Roofline(
-        bandwidth=context.read_bandwidth(isas[-1] if len(isas) == 1 else machine().isa, bytes_read, repeats),
-        flops=max(context.arithmetic(isa, repeats) for isa in isas),
-    )
+    return max((f"{kind}/{isa}" for isa in machine().isas), key=lambda a: _arithmetic_rate(context, a))
+
+
+def cache_bytes() -> int:
+    """Return the size of the largest cache, or a guess where the system does not tell."""
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    return max(sizes, default=_UNKNOWN_CACHE)
+
+
+def probe_bytes() -> int:
+    """Return how much memory a probe of the bandwidth reads: far more than the caches hold."""
+    return max(_LEAST_PROBE, 4 * cache_bytes())
+
+
+def _read_bandwidth(context: _native.Context, size: int) -> float:
+    return context.read_bandwidth(machine().isa, size, 1)
+
+
+def _arithmetic_rate(context: _native.Context, arithmetic: str) -> float:
+    kind, _, isa = arithmetic.partition("/")
+    return context.arithmetic(isa, kind == "int8", _ARITHMETIC_SECONDS)

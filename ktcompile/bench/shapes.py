@@ -1,4 +1,4 @@
-"""Shapes of the MoE layers of real models."""
+"""Shapes of MoE layers: those of real models, and two awkward ones."""
 
 from __future__ import annotations
 
@@ -47,4 +47,7 @@ PRESETS = {
     "gpt-oss-20b": MoeShape(32, 4, 2880, 2880),
     "gpt-oss-120b": MoeShape(128, 4, 2880, 2880),
     "mixtral-8x7b": MoeShape(8, 2, 4096, 14336),
+    # Ours: multiples of 32 that blocks of 64 or 128 do not divide.
+    "odd-small": MoeShape(12, 3, 1056, 352),
+    "odd-wide": MoeShape(6, 2, 5120, 1184),
 }

@@ -1,149 +1,310 @@
-"""`ktc bench`: kernels and models against the machine's ceilings and against peers."""
+"""`ktc bench`: kernels against the machine's ceilings and against peers."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktcompile.bench.moe import MoeReport
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
-_MOE_EXAMPLES = """\
+    from ktcompile.bench.kernels import KernelsBenchmark
+    from ktcompile.bench.report import KernelsReport, ShapeReport
+    from ktcompile.bench.shapes import MoeShape
+
+_EXAMPLES = """\
 examples:
-  ktc bench moe --preset qwen3-30b-a3b --experts 64
-  ktc bench moe --preset deepseek-v3 --experts 16 --tokens 1 16 256 --plot out.png
-  ktc bench moe --hidden 2048 --intermediate 768 --num-experts 32 --top-k 8 --json > out.json
+  ktc bench kernels --quick
+  ktc bench kernels --preset qwen3-30b-a3b mixtral-8x7b --formats bf16 int8 int4 --out kernels.json
+  ktc bench kernels --isas best avx2 --peers none --tokens 1 16 256
+  ktc bench kernels --hidden 2048 --intermediate 768 --experts 32 --top-k 8 --json > kernels.json
+  ktc bench kernels --replot kernels.json --plot kernels.png
 
-Fractions are of the measured roofline: max(weights read / bandwidth, flops / peak) over the time taken.
+The roofline of a call is max(bytes / bandwidth, flops / peak): bytes of the experts that its tokens touch, of its
+input and of its output. Both ceilings are measured before and after each turn of each contender. 'fraction' is of
+the roofline by the ceilings around the turn, 'of best' by the best of the whole run. benchmarks/README.md has more.
+The exit status is 1 if ktcompile was left out somewhere, since that is a mistake in it.
 """
+
+_TOKENS, _QUICK_TOKENS = (1, 4, 16, 64, 256, 1024), (1, 8, 64)
+_ROUNDS, _QUICK_ROUNDS = 5, 2
+_TURN_SECONDS, _QUICK_TURN_SECONDS = 0.15, 0.02
+_LIBRARIES = ("ktcompile", "torch", "transformers", "kt-kernel", "numpy")
+# From here on a machine is not idle.
+_LOAD_TO_MENTION = 0.5
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and what it can measure."""
     bench = subparsers.add_parser("bench", help="measure kernels beside the roofline and beside peers")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
-    moe = what.add_parser(
-        "moe",
-        help="one MoE layer, by token count",
-        description="Time one MoE layer of bf16 experts on ktcompile, on transformers and, where it is "
-        "installed, on kt-kernel, in one interleaved run. Wants a machine where nothing else runs.",
-        epilog=_MOE_EXAMPLES,
+    kernels = what.add_parser(
+        "kernels",
+        help="MoE layers by format, instruction set, token count and shape",
+        description="Time MoE layers on ktcompile and on installed peers, in turns, as fractions of what this machine "
+        "could reach at that moment. Wants a machine where nothing else runs. Ctrl-C keeps what was measured.",
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    moe.add_argument("--preset", default=None, help="a real model's shape (default: qwen3-30b-a3b); 'list' shows them")
-    moe.add_argument("--experts", "--num-experts", dest="num_experts", type=int, help="number of experts")
-    moe.add_argument("--top-k", type=int, help="experts per token")
-    moe.add_argument("--hidden", dest="hidden_size", type=int, help="hidden size")
-    moe.add_argument("--intermediate", dest="intermediate_size", type=int, help="intermediate size of an expert")
-    moe.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 512, 2048], help="token counts")
-    moe.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    moe.add_argument("--weight-format", default="auto", help="weight format of ktcompile (default: as --dtype)")
-    moe.add_argument("--isa", help="instruction set of ktcompile (default: the machine's best)")
-    moe.add_argument("--threads", type=int, help="threads of every contender (default: physical cores)")
-    moe.add_argument("--rounds", type=int, default=5, help="turns of each contender at each token count")
-    moe.add_argument("--only", nargs="+", metavar="NAME", help="peers to run beside ktcompile (default: all installed)")
-    moe.add_argument("--no-peers", action="store_true", help="run ktcompile alone")
-    moe.add_argument("--json", action="store_true", help="print one JSON object")
-    moe.add_argument("--plot", type=Path, metavar="OUT.PNG", help="draw the fractions; needs matplotlib")
-    moe.set_defaults(run=run_moe)
+    add = kernels.add_argument
+    add("--preset", nargs="+", metavar="NAME", help="shapes (default: qwen3-30b-a3b); 'list' shows them")
+    add("--experts", type=int, metavar="N", help="experts (default: as many as are useful and fit into memory)")
+    add("--top-k", type=int, metavar="K", help="experts per token, instead of the preset's")
+    add("--hidden", type=int, dest="hidden_size", metavar="H", help="hidden size, instead of the preset's")
+    add("--intermediate", type=int, dest="intermediate_size", metavar="I", help="intermediate size of an expert")
+    add("--formats", nargs="+", metavar="NAME", help="weight formats of ktcompile (default: bf16 int8 int4)")
+    add("--isas", nargs="+", metavar="NAME", default=["best"], help="instruction sets of ktcompile (default: best)")
+    add("--tokens", nargs="+", type=int, metavar="T", help="token counts (default: 1 4 16 64 256 1024)")
+    add("--rounds", type=int, metavar="N", help="turns of each contender at each token count (default: 5)")
+    add("--threads", type=int, metavar="N", help="threads of every contender (default: physical cores)")
+    add("--kt-kernel-threads", type=int, metavar="N", help="threads of kt-kernel, if fewer serve it better")
+    add("--peers", nargs="+", metavar="NAME", default=["all"], help="all, none, or names (default: all installed)")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    add("--out", type=Path, metavar="FILE.json", help="write the results, after each round too")
+    add("--plot", type=Path, metavar="OUT.png", help="draw the fractions, and OUT-roofline.png; needs matplotlib")
+    add("--quick", action="store_true", help="a tiny shape, few tokens and rounds: seconds, to see whether it works")
+    add("--replot", type=Path, metavar="FILE.json", help="measure nothing; draw what --out wrote")
+    kernels.set_defaults(run=run_kernels)
 
 
-def run_moe(args: argparse.Namespace) -> int:
-    """Run `ktc bench moe`."""
-    from rich.console import Console
-
-    from ktcompile.bench import moe
+def run_kernels(args: argparse.Namespace) -> int:
+    """Run `ktc bench kernels`."""
     from ktcompile.bench.shapes import PRESETS
 
-    if args.preset == "list":
+    if args.preset == ["list"]:
         for name, shape in PRESETS.items():
             print(f"{name:20} {shape}")
         return 0
-    name = args.preset or "qwen3-30b-a3b"
-    if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
-    given = {k: v for k in ("num_experts", "top_k", "hidden_size", "intermediate_size") if (v := getattr(args, k))}
-    benchmark = moe.MoeBenchmark(
-        shape=replace(PRESETS[name], **given),
-        tokens=tuple(args.tokens),
-        contenders=_contenders(args),
-        threads=args.threads or _default_threads(),
-        dtype=args.dtype,
-        weight_format=args.weight_format,
-        isa=args.isa,
-        rounds=args.rounds,
-    )
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        report = moe.run(benchmark, status.update)
-    if args.json:
-        print(json.dumps({"machine": _machine(), "preset": name, **report.to_json()}, indent=2))
-    else:
-        _print(report, name)
+    _check_writable(args.out, args.plot)
     if args.plot:
-        from ktcompile.bench.plot import plot_moe
+        from ktcompile.bench import plot
 
-        plot_moe(report, name, args.plot)
-        print(f"wrote {args.plot}", file=sys.stderr)
-    return 0
+        plot.check()
+    if args.replot:
+        return _replot(args)
+    report = _measure(_benchmark(args), args.out)
+    if args.json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        _print(report)
+    _write(report, args.out)
+    if args.out:
+        print(f"wrote {args.out}", file=sys.stderr)
+    if args.plot:
+        _draw(report, args.plot)
+    if report.interrupted:
+        return 130
+    return int(any(name.startswith("ktcompile-") for s in report.shapes for name in s.skipped))
 
 
-def _contenders(args: argparse.Namespace) -> tuple[str, ...]:
-    from ktcompile.bench import moe
-
-    if args.no_peers:
-        return (moe.OURS,)
-    available = moe.available_contenders()
-    for peer in args.only or ():
-        if peer not in available:
-            raise ValueError(f"peer {peer!r} is not installed or unknown; there are {', '.join(available[1:])}")
-    return (moe.OURS, *args.only) if args.only else available
-
-
-def _default_threads() -> int:
+def _benchmark(args: argparse.Namespace) -> KernelsBenchmark:
     from ktcompile import get_num_threads
+    from ktcompile.bench import contenders, kernels
+    from ktcompile.machine import check_isa, machine
 
-    return get_num_threads()
+    for name in ("threads", "kt_kernel_threads", "rounds"):
+        given = getattr(args, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be 1 or more")
+    threads = args.threads or get_num_threads()
+    isas = [machine().isa if isa == "best" else check_isa(isa, machine().isas) for isa in args.isas]
+    ours = contenders.our_contenders(args.formats or contenders.DEFAULT_FORMATS, isas, threads)
+    peers, absent = contenders.choose_peers(args.peers)
+    return kernels.KernelsBenchmark(
+        shapes=_shapes(args),
+        cut_experts=args.experts is None,
+        contenders=(*ours, *contenders.peer_contenders(peers, threads, args.kt_kernel_threads or threads)),
+        tokens=tuple(dict.fromkeys(args.tokens or (_QUICK_TOKENS if args.quick else _TOKENS))),
+        absent=absent,
+        threads=threads,
+        rounds=args.rounds or (_QUICK_ROUNDS if args.quick else _ROUNDS),
+        budget=_QUICK_TURN_SECONDS if args.quick else _TURN_SECONDS,
+    )
 
 
-def _machine() -> dict[str, object]:
-    from dataclasses import asdict
+def _shapes(args: argparse.Namespace) -> dict[str, MoeShape]:
+    from ktcompile.bench.shapes import PRESETS
+
+    names = args.preset or (["tiny"] if args.quick else ["qwen3-30b-a3b"])
+    for name in names:
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; there are {', '.join(PRESETS)}")
+    given = {k: v for k in ("top_k", "hidden_size", "intermediate_size") if (v := getattr(args, k)) is not None}
+    if given and len(names) > 1:
+        raise ValueError("--top-k, --hidden and --intermediate change one preset; there are several")
+    experts = {} if args.experts is None else {"num_experts": args.experts}
+    return {"custom" if given else name: replace(PRESETS[name], **given, **experts) for name in names}
+
+
+def _measure(benchmark: KernelsBenchmark, out: Path | None) -> KernelsReport:
+    from rich.console import Console
+
+    from ktcompile.bench import kernels
+
+    machine = _machine(benchmark.threads)
+    console = Console(stderr=True)
+    load = machine["load_average"]
+    if load > _LOAD_TO_MENTION:
+        print(f"other programs run here (load {load:.1f}); peers whose threads spin suffer most", file=sys.stderr)
+    with _progress_bar(console, benchmark.turns) as (progress, task):
+        return kernels.run(benchmark, machine, _Listener(progress, task, out))
+
+
+@contextmanager
+def _progress_bar(console: Console, turns: int) -> Iterator[tuple[Progress, TaskID]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as progress:
+        yield progress, progress.add_task("starting", total=turns)
+
+
+class _Listener:
+    """Shows the progress, and keeps the file up to date."""
+
+    def __init__(self, progress: Progress, task: TaskID, out: Path | None) -> None:
+        self._progress, self._task, self._out = progress, task, out
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, description=text)
+
+    def advance(self, turns: int) -> None:
+        self._progress.advance(self._task, turns)
+
+    def save(self, report: KernelsReport) -> None:
+        _write(report, self._out)
+        if not self._progress.console.is_terminal:
+            state = self._progress.tasks[self._task]
+            print(f"{state.completed:.0f} of {state.total:.0f} turns: {state.description}", file=sys.stderr)
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
 
     from ktcompile.machine import machine
 
-    return asdict(machine())
+    def version_of(library: str) -> str | None:
+        try:
+            return version(library)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        **asdict(machine()),
+        "threads": threads,
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "load_average": os.getloadavg()[0],
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _LIBRARIES}},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
-def _print(report: MoeReport, preset: str) -> None:
+def _check_writable(*paths: Path | None) -> None:
+    """Raise ValueError now if a file cannot be written in the end."""
+    for path in paths:
+        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise ValueError(f"{path} cannot be written; is there a directory {path.absolute().parent}?")
+
+
+def _write(report: KernelsReport, out: Path | None) -> None:
+    if out:
+        unfinished = out.with_name(out.name + ".part")
+        unfinished.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        unfinished.replace(out)
+
+
+def _replot(args: argparse.Namespace) -> int:
+    from ktcompile.bench.report import KernelsReport
+
+    if not args.plot:
+        raise ValueError("--replot needs --plot OUT.png")
+    try:
+        report = KernelsReport.from_json(json.loads(args.replot.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{args.replot} cannot be drawn: {error}") from error
+    _draw(report, args.plot)
+    return 0
+
+
+def _draw(report: KernelsReport, path: Path) -> None:
+    from ktcompile.bench import plot
+
+    if not any(shape.results for shape in report.shapes):
+        print("nothing was measured, nothing is drawn", file=sys.stderr)
+        return
+    roofline = path.with_name(f"{path.stem}-roofline{path.suffix}")
+    plot.draw_fractions(report, path)
+    plot.draw_rooflines(report, roofline)
+    print(f"wrote {path} and {roofline}", file=sys.stderr)
+
+
+def _print(report: KernelsReport) -> None:
     from rich.console import Console
+
+    # What is not a terminal has no width, and would cut tables off.
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=160)
+    for shape in report.shapes:
+        _print_shape(console, shape)
+    if report.interrupted:
+        console.print("interrupted: there are fewer rounds, token counts or shapes than asked for")
+
+
+def _print_shape(console: Console, report: ShapeReport) -> None:
+    s = report.shape
+    console.print(
+        f"\n[bold]{report.name}[/]: {s.num_experts} experts, {s.top_k} per token, "
+        f"hidden {s.hidden_size}, intermediate {s.intermediate_size}"
+    )
+    if report.best:
+        rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {kind}" for kind, rate in report.best.flops.items())
+        console.print(f"best ceilings: {report.best.bandwidth / 1e9:.1f} GB/s read, {rates}")
+    for note in report.notes:
+        console.print(f"note: {note}")
+    if report.results:
+        _print_results(console, report)
+    for name, why in report.skipped.items():
+        console.print(f"left out: {name}: {why}", markup=False)
+
+
+def _print_results(console: Console, report: ShapeReport) -> None:
+    from rich import box
     from rich.table import Table
 
-    b, roof = report.benchmark, report.roofline
-    print(f"{preset}: {b.shape}, {b.dtype}, {b.threads} threads")
-    print(f"ceilings: {roof.bandwidth / 1e9:.1f} GB/s read, {roof.flops / 1e9:.0f} GFLOP/s")
-    table = Table("T", "contender", "ms", "min ms", "GB/s", "GFLOP/s", "roofline", "at best", "ratio")
-    for tokens in b.tokens:
-        rows = [r for r in report.results if r.tokens == tokens]
-        ours = rows[0].seconds
-        for r in rows:
-            table.add_row(
-                str(tokens),
-                r.contender,
-                f"{r.seconds * 1e3:.2f}",
-                f"{r.min_seconds * 1e3:.2f}",
-                f"{r.bytes_per_second / 1e9:.1f}",
-                f"{r.flops_per_second / 1e9:.0f}",
-                f"{r.fraction:.2f}",
-                f"{r.best_fraction:.2f}",
-                f"{r.seconds / ours:.2f}",
-                end_section=r is rows[-1],
-            )
-    Console().print(table)
-    for name, error in report.errors.items():
-        print(f"relative error against fp64: {error:.2g}  {name}")
-    for name, why in report.skipped.items():
-        print(f"left out: {name}: {why}")
+    errors = {c.name: c.error for c in report.contenders}
+    table = Table("T", "contender", box=box.SIMPLE)
+    for name in ("ms", "min ms", "GB/s", "GFLOP/s", "fraction", "of best", "error"):
+        table.add_column(name, justify="right")
+    peers = list(dict.fromkeys(name for r in report.results for name in r.ratios))
+    faster = Table("T", "faster than", *peers, box=box.SIMPLE)
+    for r, following in zip(report.results, (*report.results[1:], None), strict=True):
+        last = following is None or following.tokens != r.tokens
+        table.add_row(
+            str(r.tokens),
+            r.contender,
+            f"{r.seconds * 1e3:.2f}",
+            f"{r.min_seconds * 1e3:.2f}",
+            f"{r.bytes_per_second / 1e9:.1f}",
+            f"{r.flops_per_second / 1e9:.0f}",
+            f"{r.fraction:.2f}",
+            f"{r.of_best:.2f}",
+            f"{errors[r.contender]:.2g}",
+            end_section=last,
+        )
+        if r.ratios:
+            ratios = (f"{r.ratios[p]:.2f}x" if p in r.ratios else "" for p in peers)
+            faster.add_row(str(r.tokens), r.contender, *ratios)
+    console.print(table)
+    if peers:
+        console.print(faster)
