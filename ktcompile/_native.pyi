@@ -11,6 +11,37 @@ class DType(enum.Enum):
 
     bf16 = 2
 
+class Layout(enum.Enum):
+    f32 = 0
+
+    f16 = 1
+
+    bf16 = 2
+
+    int8 = 3
+
+    int8_dyn = 4
+
+    int4 = 5
+
+    fp8 = 6
+
+    mxfp4 = 7
+
+class ScaleType(enum.Enum):
+    none = 0
+
+    f32 = 1
+
+    f16 = 2
+
+    bf16 = 3
+
+    e8m0 = 4
+
+class Format:
+    def __init__(self, layout: Layout, group: int, scale: ScaleType, zero_points: bool) -> None: ...
+
 class Activation(enum.Enum):
     silu = 0
 
@@ -37,6 +68,11 @@ def select_isa(features: Sequence[str]) -> str:
     Name of the instruction set to use; among those that give the same bits the faster, measured.
     """
 
+def sums_on_tiles(isa: str) -> bool:
+    """
+    Whether floats are summed in the order of AMX, which rounds otherwise than all other instruction sets.
+    """
+
 def cpu_features() -> list[str]:
     """Features that this CPU reports."""
 
@@ -52,26 +88,61 @@ def map_nan(bytes: int, type: DType) -> int:
 
 def unmap_nan(address: int, bytes: int) -> None: ...
 
+def numa_nodes(sys_root: str = '/sys') -> list[int]:
+    """
+    Ids of the NUMA nodes with memory and CPUs of this process; -1 where there is but one.
+    """
+
 class Experts:
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, format: DType, activation: Activation, gated: bool, interleaved: bool, alpha: float, limit: float) -> None: ...
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, format: Format, activation: Activation, gated: bool, interleaved: bool, alpha: float, limit: float, nodes: Sequence[int]) -> None: ...
 
     def pack(self, expert: int, gate_up: int, gate_up_strides: tuple[int, int, int], down: int, down_strides: tuple[int, int, int], type: DType) -> None: ...
+
+    def pack_quantized(self, expert: int, gate_up: tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]], down: tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]]) -> None:
+        """
+        Each is (codes, strides of (expert, n, k), scales, zero points or 0, strides of (expert, n, group)).
+        """
 
     def pack_bias(self, gate_up: int, gate_up_strides: tuple[int, int], down: int, down_strides: tuple[int, int], type: DType) -> None: ...
 
     def unpack(self, expert: int, gate_up: int, gate_up_strides: tuple[int, int, int], down: int, down_strides: tuple[int, int, int], type: DType) -> None: ...
 
     @property
+    def slices(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+class Linear:
+    def __init__(self, format: Format, out_features: int, in_features: int) -> None: ...
+
+    def pack(self, weight: int, strides: tuple[int, int], type: DType) -> None: ...
+
+    def pack_quantized(self, weight: tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]]) -> None: ...
+
+    def pack_bias(self, bias: int, stride: int, type: DType) -> None: ...
+
+    def unpack(self, weight: int, strides: tuple[int, int], type: DType) -> None: ...
+
+    @property
     def nbytes(self) -> int: ...
 
 class Context:
-    def __init__(self, threads: int) -> None: ...
+    def __init__(self, threads: int, sys_root: str = '/sys') -> None: ...
 
     @property
     def threads(self) -> int: ...
 
     def moe(self, arg0: Experts, arg1: str, arg2: int, arg3: int, arg4: int, arg5: DType, arg6: int, arg7: int, arg8: bool, arg9: int, arg10: DType, arg11: int, arg12: int, /) -> None: ...
 
-    def read_bandwidth(self, isa: str, bytes: int, repeats: int) -> float: ...
+    def linear(self, arg0: Linear, arg1: str, arg2: int, arg3: int, arg4: DType, arg5: int, arg6: int, arg7: int, /) -> None: ...
 
-    def arithmetic(self, isa: str, repeats: int) -> float: ...
+    def read_bandwidth(self, isa: str, bytes: int, repeats: int) -> float:
+        """
+        Bytes per second, the best of `repeats` reads of `bytes`, which are kept until a call with more.
+        """
+
+    def arithmetic(self, isa: str, int8: bool, seconds: float) -> float:
+        """
+        Operations per second of the products that the kernels use, of floats or of int8, in `seconds`.
+        """

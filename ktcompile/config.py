@@ -10,7 +10,7 @@ from typing import Any
 
 from ktcompile import env
 from ktcompile.machine import check_isa, machine
-from ktcompile.quant import FORMATS
+from ktcompile.quant import check_format
 
 WEIGHTS = ("copy", "take")
 INNER = ("inductor", "eager")
@@ -36,7 +36,7 @@ class CompileOptions:
     dump_graphs: Path | None = None
 
     def __post_init__(self) -> None:
-        _one_of("weight_format", self.weight_format, ("auto", *FORMATS))
+        check_format(self.weight_format)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("inner", self.inner, INNER)
         if self.isa is not None:

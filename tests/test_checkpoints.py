@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ktcompile.quant import DEFINED, checkpoints, stored
+from ktcompile.quant import FORMATS, checkpoints, stored
 from ktcompile.quant.checkpoints import detect, join_rows, stack
 
 LAYER = "model.layers.0.mlp.experts"
@@ -280,24 +280,24 @@ def test_from_a_file(tmp_path):
             assert_exact(made.dequantize()[e, part * 128 : part * 128 + 128], wanted)
 
 
-@pytest.mark.parametrize("name", [name for name, f in DEFINED.items() if f.codec is not None])
+@pytest.mark.parametrize("name", [name for name, f in FORMATS.items() if f.codec is not None])
 def test_weights_as_one(name):
     w = torch.randn(3, 128, 160, generator=torch.Generator().manual_seed(0))
-    apart = [DEFINED[name].quantize(each) for each in w]
-    assert_exact(stack(apart).dequantize(), DEFINED[name].round_trip(w))
-    assert_exact(join_rows(apart).dequantize(), DEFINED[name].round_trip(w.flatten(0, 1)))
+    apart = [FORMATS[name].quantize(each) for each in w]
+    assert_exact(stack(apart).dequantize(), FORMATS[name].round_trip(w))
+    assert_exact(join_rows(apart).dequantize(), FORMATS[name].round_trip(w.flatten(0, 1)))
 
 
 def test_weights_that_cannot_be_one():
-    int8, fp8 = (DEFINED[name].quantize(torch.ones(4, 32)) for name in ("int8", "fp8"))
+    int8, fp8 = (FORMATS[name].quantize(torch.ones(4, 32)) for name in ("int8", "fp8"))
     with pytest.raises(ValueError, match=r"weights of formats fp8, int8 and shapes .* cannot be one weight"):
         stack([int8, fp8])
-    other = DEFINED["int8"].quantize(torch.ones(5, 32))
+    other = FORMATS["int8"].quantize(torch.ones(5, 32))
     with pytest.raises(ValueError, match=r"shapes \[\[4, 32\], \[5, 32\]\] cannot be one weight"):
         stack([int8, other])
     assert join_rows([int8, other]).shape == (9, 32)
     with pytest.raises(ValueError, match="cannot be one weight"):
-        join_rows([int8, DEFINED["int8"].quantize(torch.ones(4, 33))])
+        join_rows([int8, FORMATS["int8"].quantize(torch.ones(4, 33))])
 
 
 def test_every_reader_is_a_reader():

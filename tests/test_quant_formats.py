@@ -11,9 +11,9 @@ from helpers.compare import assert_exact, relative_error
 from torch import Tensor
 
 from ktcompile.ops import Activation, ExpertsSpec, reference
-from ktcompile.quant import ALIASES, DEFINED, FORMATS, formats, quantize_rows, resolve_format
+from ktcompile.quant import ALIASES, FORMATS, formats, quantize_rows, resolve_format
 
-QUANTIZED = tuple(name for name, f in DEFINED.items() if f.codec is not None)
+QUANTIZED = tuple(name for name, f in FORMATS.items() if f.codec is not None)
 every_format = pytest.mark.parametrize("name", QUANTIZED)
 LAYOUTS = {"f32", "f16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4"}
 
@@ -23,17 +23,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_records():
-    assert {f.layout for f in DEFINED.values()} == LAYOUTS
-    for name, f in DEFINED.items():
+    assert {f.layout for f in FORMATS.values()} == LAYOUTS
+    for name, f in FORMATS.items():
         assert f.name == name
         assert (f.storage is None) == (f.codec is not None) == (f.group_size is not None)
-    assert set(FORMATS) <= set(DEFINED)
-    assert set(ALIASES.values()) <= set(DEFINED) and not set(ALIASES) & set(DEFINED)
+    assert set(ALIASES.values()) <= set(FORMATS) and not set(ALIASES) & set(FORMATS)
 
 
 @every_format
 def test_bytes_per_weight_are_what_is_stored(name):
-    f = DEFINED[name]
+    f = FORMATS[name]
     rows, columns = 64, 4096
     made = f.quantize(normal(rows, columns))
     bits = 4 if f.layout in ("int4", "mxfp4") else 8
@@ -46,7 +45,7 @@ def test_bytes_per_weight_are_what_is_stored(name):
 @every_format
 @pytest.mark.parametrize("shape", ((1, 1), (4, 33), (3, 5, 130), (2, 2, 3, 64)))
 def test_shapes(name, shape):
-    f = DEFINED[name]
+    f = FORMATS[name]
     made = f.quantize(normal(*shape))
     groups = -(-shape[-1] // f.group_size) if f.group_size else 1
     assert made.format is f
@@ -64,9 +63,9 @@ def test_shapes(name, shape):
 @every_format
 def test_the_size_of_slices_does_not_matter(name, monkeypatch):
     w = normal(3, 300, 200)
-    wanted = DEFINED[name].quantize(w)
+    wanted = FORMATS[name].quantize(w)
     monkeypatch.setattr(formats, "_SLICE", 1000)
-    got = DEFINED[name].quantize(w)
+    got = FORMATS[name].quantize(w)
     assert torch.equal(got.codes, wanted.codes)
     assert_exact(got.scales, wanted.scales, name)
     assert_exact(got.dequantize(), wanted.dequantize(), name)
@@ -76,14 +75,14 @@ def test_the_size_of_slices_does_not_matter(name, monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_narrow_sources_are_read_as_they_are(name, dtype):
     w = (normal(2, 40, 96) * 0.1).to(dtype)
-    assert_exact(DEFINED[name].round_trip(w), DEFINED[name].round_trip(w.float()))
+    assert_exact(FORMATS[name].round_trip(w), FORMATS[name].round_trip(w.float()))
 
 
 @every_format
 def test_sources_of_any_strides(name):
     w = normal(2, 96, 40)
-    assert_exact(DEFINED[name].round_trip(w.mT), DEFINED[name].round_trip(w.mT.contiguous()))
-    assert_exact(DEFINED[name].round_trip(w[:, ::2]), DEFINED[name].round_trip(w[:, ::2].contiguous()))
+    assert_exact(FORMATS[name].round_trip(w.mT), FORMATS[name].round_trip(w.mT.contiguous()))
+    assert_exact(FORMATS[name].round_trip(w[:, ::2]), FORMATS[name].round_trip(w[:, ::2].contiguous()))
 
 
 @every_format
@@ -93,25 +92,25 @@ def test_values_that_cannot_be_stored_are_named(name, bad):
     w[1, 256, 77] = bad
     words = f"down_proj has {bad} at matrix 1, row 256, column 77; it must be finite"
     with pytest.raises(ValueError, match=re.escape(words)):
-        DEFINED[name].quantize(w, "down_proj")
+        FORMATS[name].quantize(w, "down_proj")
     with pytest.raises(ValueError, match="the weight has"):
-        DEFINED[name].round_trip(w)
+        FORMATS[name].round_trip(w)
 
 
 @every_format
 def test_empty_weights(name):
     for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
-        made = DEFINED[name].quantize(torch.empty(shape))
+        made = FORMATS[name].quantize(torch.empty(shape))
         assert made.codes.shape == shape and made.dequantize().shape == shape
 
 
 def test_what_is_no_weight():
     with pytest.raises(ValueError, match=r"up_proj is \[3\] of torch.float32; it must be \[..., N, K\]"):
-        DEFINED["int8"].quantize(torch.ones(3), "up_proj")
+        FORMATS["int8"].quantize(torch.ones(3), "up_proj")
     with pytest.raises(ValueError, match=r"the weight is \[3, 3\] of torch.float64"):
-        DEFINED["int8"].quantize(torch.ones(3, 3, dtype=torch.float64))
+        FORMATS["int8"].quantize(torch.ones(3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="bf16 stores the weight itself"):
-        DEFINED["bf16"].quantize(torch.ones(3, 3))
+        FORMATS["bf16"].quantize(torch.ones(3, 3))
 
 
 def test_names():
@@ -124,11 +123,11 @@ def test_names():
         resolve_format("auto", torch.float64)
 
 
-@pytest.mark.parametrize("name", DEFINED)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_layer_is_within_the_budget_of_its_format(name, seed):
     """T tokens, K top_k, H hidden_size, I intermediate_size, E experts."""
-    f, (T, K, H, I, E) = DEFINED[name], (64, 2, 256, 128, 4)  # noqa: E741
+    f, (T, K, H, I, E) = FORMATS[name], (64, 2, 256, 128, 4)  # noqa: E741
     x_TH, scores_TE = normal(T, H, seed=seed), normal(T, E, seed=seed + 100)
     weights_TK, ids_TK = scores_TE.softmax(1).topk(K)
     gate_up = normal(E, 2 * I, H, seed=seed + 200) * H**-0.5

@@ -125,7 +125,7 @@ def _speed(isa: str, quick: bool) -> Speed:
     context = native_threads().context()
     size = min(_QUICK_READ_BYTES if quick else _READ_BYTES, (_memory_available() or _QUICK_READ_BYTES) // 8)
     repeats = 2 if quick else 5
-    return Speed(context.read_bandwidth(isa, size, repeats), context.arithmetic(isa, repeats))
+    return Speed(context.read_bandwidth(isa, size, repeats), context.arithmetic(isa, False, 0.01 * repeats))
 
 
 def _memory_available() -> int | None:

@@ -13,7 +13,7 @@ from ktcompile.graph.experts import describe
 from ktcompile.log import warn_once
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
-from ktcompile.quant import FORMATS
+from ktcompile.quant import check_format
 from ktcompile.runtime.take import take_weights
 
 NAME = "kt"
@@ -39,8 +39,7 @@ def configure(model: nn.Module, weight_format: str) -> list[nn.Module]:
     weight_format: as for `ktcompile.ops.pack_experts`. It holds for the implementation "kt"; a compiled model has
     an option of the backend. ValueError: there is no such format.
     """
-    if weight_format != "auto" and weight_format not in FORMATS:
-        raise ValueError(f"weight_format is {weight_format!r}; it must be auto or one of {', '.join(FORMATS)}")
+    check_format(weight_format)
     configured = []
     for module in model.modules():
         if not hasattr(module, "has_gate"):  # set by transformers' decorator of experts classes

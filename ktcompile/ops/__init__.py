@@ -1,6 +1,7 @@
 """The operators of ktcompile, in the torch.library namespace "kt"."""
 
 from ktcompile.ops.experts import PackedExperts, pack_experts
+from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads, set_num_threads
@@ -9,8 +10,11 @@ __all__ = [
     "Activation",
     "ExpertsSpec",
     "PackedExperts",
+    "PackedLinear",
     "get_num_threads",
+    "linear",
     "moe",
     "pack_experts",
+    "pack_linear",
     "set_num_threads",
 ]

@@ -86,12 +86,14 @@ class PackedExperts:
             codes.append(self.format.quantize(weight.mT if self.spec.transposed else weight, name))
         self.native.pack_quantized(expert, *(quantized_address(c) for c in codes))
 
-    def _places(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[object, ...]:
+    def _places(
+        self, gate_up: torch.Tensor, down: torch.Tensor
+    ) -> tuple[int, tuple[int, int, int], int, tuple[int, int, int], _native.DType]:
         """Return what the native functions take: addresses, strides of (expert, out, in), dtype."""
+        out, into = (2, 1) if self.spec.transposed else (1, 2)
+        strides = [(t.stride(0), t.stride(out), t.stride(into)) for t in (gate_up, down)]
         dtype = native_dtype(gate_up.dtype, "gate_up_proj")
-        order = (0, 2, 1) if self.spec.transposed else (0, 1, 2)
-        gate_up_strides, down_strides = (tuple(t.stride(i) for i in order) for t in (gate_up, down))
-        return gate_up.data_ptr(), gate_up_strides, down.data_ptr(), down_strides, dtype
+        return gate_up.data_ptr(), strides[0], down.data_ptr(), strides[1], dtype
 
     def _each_expert(self, work: Callable[[int], None]) -> None:
         with ThreadPoolExecutor(get_num_threads()) as pool:
@@ -155,8 +157,8 @@ def _format_of(gate_up: Weight, down: Weight, spec: ExpertsSpec) -> WeightFormat
     assert isinstance(gate_up, QuantizedWeight)
     if spec.weight_format not in ("auto", gate_up.format.name):
         raise ValueError(
-            f"weight_format is {spec.weight_format!r}, but the weights are quantised as {gate_up.format.name}; leave it "
-            'at "auto"'
+            f"weight_format is {spec.weight_format!r}, but the weights are quantised as {gate_up.format.name}; leave "
+            'it at "auto"'
         )
     return gate_up.format
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 import torch
 
 from ktcompile.ops.experts import PackedExperts, from_handle
+from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
 from ktcompile.ops.threads import native_threads
 from ktcompile.quant import native_dtype
 
-_library = torch.library.Library("kt", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
     "moe(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor experts) -> Tensor",
     "experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,"
     " Tensor? gate_up_bias, Tensor? down_bias, str spec) -> Tensor",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def moe(
@@ -83,12 +83,12 @@ def _check(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, e
             raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU")
 
 
-@torch.library.impl(_library, "moe", "CPU")
+@torch.library.impl(LIBRARY, "moe", "CPU")
 def _moe_cpu(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     return run(x, ids, weights, from_handle(handle))
 
 
-@torch.library.impl(_library, "experts", "CPU")
+@torch.library.impl(LIBRARY, "experts", "CPU")
 def _experts_cpu(
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -103,21 +103,15 @@ def _experts_cpu(
     return run(x, ids, weights, expert_store().get(plain, ExpertsSpec.decode(spec)))
 
 
-@torch.library.register_fake("kt::moe", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("kt::moe", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _moe_fake(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("kt::experts", lib=_library)  # type: ignore[untyped-decorator]
+@torch.library.register_fake("kt::experts", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _experts_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-def _no_backward(ctx: object, grad: torch.Tensor) -> None:
-    raise NotImplementedError(
-        "the fused experts have no backward yet; run under torch.no_grad(), or train the stock model"
-    )
-
-
 for _name in ("moe", "experts"):
-    torch.library.register_autograd(f"kt::{_name}", _no_backward, lib=_library)
+    register_without_backward(_name)

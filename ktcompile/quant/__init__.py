@@ -3,20 +3,20 @@
 from ktcompile.quant.activations import quantize_rows
 from ktcompile.quant.formats import (
     ALIASES,
-    DEFINED,
     FORMATS,
     QuantizedWeight,
     WeightFormat,
+    check_format,
     native_dtype,
     resolve_format,
 )
 
 __all__ = [
     "ALIASES",
-    "DEFINED",
     "FORMATS",
     "QuantizedWeight",
     "WeightFormat",
+    "check_format",
     "native_dtype",
     "quantize_rows",
     "resolve_format",

@@ -35,11 +35,6 @@ class WeightFormat:
     storage: torch.dtype | None = None
     codec: Codec | None = None
 
-    @property
-    def native(self) -> _native.DType:
-        """The native name of a format in `FORMATS`."""
-        return _NATIVE[self.layout]
-
     def round_trip(self, weight: Tensor) -> Tensor:
         """Return `weight` in fp32 as it is after storing: the definition of the format, in plain torch."""
         if self.storage is not None:
@@ -114,8 +109,7 @@ class QuantizedWeight:
         return weight
 
 
-# Every format that is defined.
-DEFINED = {
+FORMATS = {
     f.name: f
     for f in (
         WeightFormat("fp32", "f32", 4, 1e-6, storage=torch.float32),
@@ -135,30 +129,32 @@ DEFINED = {
     )
 }
 
-# Those that the kernels read.
-_NATIVE = {"f32": _native.DType.f32, "f16": _native.DType.f16, "bf16": _native.DType.bf16}
-FORMATS = {name: f for name, f in DEFINED.items() if f.layout in _NATIVE}
-
 ALIASES = {"int4": "int4_g32"}
 
-_BY_DTYPE = {f.storage: f for f in DEFINED.values() if f.storage is not None}
+_BY_DTYPE = {f.storage: f for f in FORMATS.values() if f.storage is not None}
+_NATIVE = {torch.float32: _native.DType.f32, torch.float16: _native.DType.f16, torch.bfloat16: _native.DType.bf16}
 
 
 def native_dtype(dtype: torch.dtype, what: str) -> _native.DType:
     """Return the native name of `dtype`. ValueError: the kernels do not read it; `what` names the tensor."""
-    if dtype not in _BY_DTYPE:
-        allowed = ", ".join(str(d) for d in _BY_DTYPE)
+    if dtype not in _NATIVE:
+        allowed = ", ".join(str(d) for d in _NATIVE)
         raise ValueError(f"{what} has dtype {dtype}; it must be one of {allowed}")
-    return _BY_DTYPE[dtype].native
+    return _NATIVE[dtype]
+
+
+def check_format(name: str) -> str:
+    """Return `name`. ValueError: it is neither "auto" nor the name of a format."""
+    if name != "auto" and ALIASES.get(name, name) not in FORMATS:
+        raise ValueError(f"weight_format is {name!r}; it must be one of {', '.join(('auto', *ALIASES, *FORMATS))}")
+    return name
 
 
 def resolve_format(name: str, source: torch.dtype) -> WeightFormat:
-    """Return the format called `name` if the kernels read it; "auto" is the one of the source's dtype."""
-    if name == "auto":
+    """Return the format called `name`; "auto" is the one of the source's dtype. ValueError: there is none."""
+    if check_format(name) == "auto":
         native_dtype(source, "the weight")
         return _BY_DTYPE[source]
-    if ALIASES.get(name, name) not in FORMATS:
-        raise ValueError(f"weight_format is {name!r}; it must be auto or one of {', '.join(FORMATS)}")
     return FORMATS[ALIASES.get(name, name)]
 
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ktcompile.quant.formats import DEFINED, QuantizedWeight
+from ktcompile.quant.formats import FORMATS, QuantizedWeight
 
 # AWQ puts this column, of each eight, into the nibbles of a word from the lowest to the highest.
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -38,13 +38,13 @@ def read_fp8(
         raise ValueError(f"{what} has NaN codes; the checkpoint is damaged")
     scales = _scales(scale, what)
     if block is None:
-        return QuantizedWeight(DEFINED["fp8_channel"], codes, _row_scales(scales, weight.shape, parts, what))
+        return QuantizedWeight(FORMATS["fp8_channel"], codes, _row_scales(scales, weight.shape, parts, what))
     columns = block[1]
     if columns % 128:
         raise ValueError(f"{what} has blocks of {columns} columns; only multiples of 128 are read")
     groups = _ceil_div(weight.shape[-1], 128)
     by_group = _block_scales(scales, weight.shape, block, parts, what).repeat_interleave(columns // 128, -1)
-    return QuantizedWeight(DEFINED["fp8"], codes, by_group[..., :groups].contiguous())
+    return QuantizedWeight(FORMATS["fp8"], codes, by_group[..., :groups].contiguous())
 
 
 def read_mxfp4(blocks: Tensor, scale: Tensor, what: str) -> QuantizedWeight:
@@ -64,7 +64,7 @@ def read_mxfp4(blocks: Tensor, scale: Tensor, what: str) -> QuantizedWeight:
         )
     if (torch.frexp(scales).mantissa != 0.5).any():
         raise ValueError(f"{what} has scales that are no powers of two; only the exponents of MXFP4 are read")
-    return QuantizedWeight(DEFINED["mxfp4"], _nibbles(packed), scales)
+    return QuantizedWeight(FORMATS["mxfp4"], _nibbles(packed), scales)
 
 
 def read_gptq(
@@ -195,8 +195,8 @@ def _int4(codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, 
         return per_group.repeat_interleave(repeats, -1)[..., :groups].contiguous()
 
     if zeros is None:
-        return QuantizedWeight(DEFINED[f"int4_g{size}"], codes.contiguous(), regrouped(scales))
-    return QuantizedWeight(DEFINED[f"int4_g{size}_zp"], codes.contiguous(), regrouped(scales), regrouped(zeros))
+        return QuantizedWeight(FORMATS[f"int4_g{size}"], codes.contiguous(), regrouped(scales))
+    return QuantizedWeight(FORMATS[f"int4_g{size}_zp"], codes.contiguous(), regrouped(scales), regrouped(zeros))
 
 
 def _order_of_groups(group_of_column: Tensor, columns: int, size: int, groups: int, what: str) -> Tensor:

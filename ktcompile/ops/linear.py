@@ -1,0 +1,142 @@
+"""Linear layers: packed weights and the operator `kt::linear`.
+
+Shape suffixes: R rows, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+
+from ktcompile import _native
+from ktcompile.machine import check_isa, machine
+from ktcompile.ops.library import LIBRARY, register_without_backward
+from ktcompile.ops.threads import native_threads
+from ktcompile.ops.weights import Weight, native_format, quantized_address
+from ktcompile.quant import QuantizedWeight, native_dtype, resolve_format
+
+_numbers = itertools.count(1)
+_alive: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
+
+LIBRARY.define("linear(Tensor x, Tensor weight, SymInt out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+class PackedLinear:
+    """The weight of a linear layer in the kernels' layout.
+
+    out_features, in_features: of the layer. format: how weights are stored. isa: whose kernels run. nbytes: memory
+    that it holds. handle: int64 [1], what stands for it in graphs of `kt::linear`.
+    """
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, weight_format: str, isa: str | None) -> None:
+        self.out_features, self.in_features = _check_weight(weight, bias, weight_format)
+        self.isa = check_isa(isa, machine().isas) if isa else machine().isa
+        if isinstance(weight, torch.Tensor):
+            self.format = resolve_format(weight_format, weight.dtype)
+            if self.format.codec is not None:
+                weight = self.format.quantize(weight, "weight")
+        else:
+            self.format = weight.format
+        if isinstance(weight, torch.Tensor):
+            self.native = _native.Linear(native_format(self.format), self.out_features, self.in_features)
+            strides = (weight.stride(0), weight.stride(1))
+            self.native.pack(weight.data_ptr(), strides, native_dtype(weight.dtype, "weight"))
+        else:
+            self.native = _native.Linear(native_format(self.format, weight), self.out_features, self.in_features)
+            self.native.pack_quantized(quantized_address(weight))
+        if bias is not None:
+            self.native.pack_bias(bias.data_ptr(), bias.stride(0), native_dtype(bias.dtype, "bias"))
+        number = next(_numbers)
+        self.handle = torch.tensor([number], dtype=torch.int64)
+        _alive[number] = self
+
+    @property
+    def nbytes(self) -> int:
+        return self.native.nbytes
+
+    @property
+    def tiles(self) -> bool:
+        """Whether rows and weights in bf16 are summed in AMX's order, which rounds otherwise than all other ISAs."""
+        return _native.sums_on_tiles(self.isa)
+
+    def unpack(self) -> torch.Tensor:
+        """Return the weight, dequantised, [N, K] in fp32."""
+        weight_NK = torch.empty(self.out_features, self.in_features)
+        self.native.unpack(weight_NK.data_ptr(), weight_NK.stride(), _native.DType.f32)  # type: ignore[arg-type]
+        return weight_NK
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedLinear({self.in_features} to {self.out_features}, {self.format.name}, {self.isa}, "
+            f"{self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def pack_linear(
+    weight: Weight, bias: torch.Tensor | None = None, weight_format: str = "auto", isa: str | None = None
+) -> PackedLinear:
+    """Return the weight of a linear layer, packed for `ktcompile.ops.linear`.
+
+    weight: [N, K], a tensor, or a `ktcompile.quant.QuantizedWeight` that is packed as it is. bias: [N].
+    weight_format: "auto" keeps the dtype or the format of the source; else a name of `ktcompile.quant.FORMATS`.
+    isa: instruction set of the kernels; None is the best of this machine.
+    The tensors are read, not kept. ValueError: a shape, dtype, format or ISA cannot be used.
+    """
+    return PackedLinear(weight, bias, weight_format, isa)
+
+
+def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Return x @ weight.T + bias, [..., N] in the dtype of `x`.
+
+    x: [..., K], fp32, fp16 or bf16. Each row depends on that row of `x` alone, bit for bit, whatever the other rows
+    and the number of threads. ValueError: a shape or dtype cannot be used.
+    """
+    result: torch.Tensor = torch.ops.kt.linear(x, packed.handle, packed.out_features)
+    return result
+
+
+@torch.library.impl(LIBRARY, "linear", "CPU")
+def _linear_cpu(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    packed = _alive.get(int(handle))
+    if packed is None:
+        raise ValueError(f"no packed linear layer has the handle {int(handle)}; was it freed?")
+    if x.dim() == 0 or x.shape[-1] != packed.in_features:
+        raise ValueError(f"x is {list(x.shape)}; its last dimension must be {packed.in_features}")
+    dtype = native_dtype(x.dtype, "x")
+    x_RK = x.reshape(-1, packed.in_features)
+    if x_RK.stride(1) != 1:
+        x_RK = x_RK.contiguous()
+    out_RN = x.new_empty(x_RK.shape[0], packed.out_features)
+    places = (x_RK.data_ptr(), dtype, x_RK.stride(0), out_RN.data_ptr(), out_RN.stride(0))
+    native_threads().context().linear(packed.native, packed.isa, x_RK.shape[0], *places)
+    return out_RN.view(*x.shape[:-1], packed.out_features)
+
+
+@torch.library.register_fake("kt::linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _linear_fake(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+register_without_backward("linear")
+
+
+def _check_weight(weight: Weight, bias: torch.Tensor | None, weight_format: str) -> tuple[int, int]:
+    """Return (N, K). ValueError: the tensors cannot be packed, or not in this format."""
+    if len(weight.shape) != 2 or min(weight.shape) == 0:
+        raise ValueError(f"weight is {list(weight.shape)}; it must be [out_features, in_features], neither 0")
+    tensors = {"weight": weight, "bias": bias}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor):
+            if tensor.device.type != "cpu":
+                raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU to be packed")
+            native_dtype(tensor.dtype, name)
+    if isinstance(weight, QuantizedWeight) and weight_format not in ("auto", weight.format.name):
+        raise ValueError(
+            f"weight_format is {weight_format!r}, but the weight is quantised as {weight.format.name}; leave it at "
+            '"auto"'
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias is {list(bias.shape)}; it must be [{weight.shape[0]}]")
+    return weight.shape[0], weight.shape[1]
