@@ -117,7 +117,7 @@ def test_names():
     for name in FORMATS:
         assert resolve_format(name, torch.float32) is FORMATS[name]
     assert resolve_format("auto", torch.float16).name == "fp16"
-    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be auto or one of fp32"):
+    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of auto, int4, fp32"):
         resolve_format("int3", torch.float32)
     with pytest.raises(ValueError, match=r"the weight has dtype torch.float64; it must be one of torch.float32"):
         resolve_format("auto", torch.float64)
