@@ -12,7 +12,6 @@ struct tiling {
 
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }
 inline void prefetch_l2(const char* p) { __builtin_prefetch(p, 0, 2); }
-constexpr std::size_t l1_distance = 4096;
 
 template <format W>
 struct weights {  // fp32 and fp16: [K][32]
@@ -76,8 +75,10 @@ struct grouped {  // c += scale * sum for each of `groups` groups
   const float* scale;  // [groups][32]
 };
 
-// Panel bytes to fetch while a tile runs: `lines` for each pair of k.
+// What is fetched while a tile runs: its own weights `distance` bytes ahead, and `lines` of the panel to come for each
+// pair of k.
 struct prefetch {
+  std::size_t distance = 0;
   const char* next = nullptr;
   int lines = 0;
 };
@@ -87,7 +88,7 @@ template <class Step, bool Stream, int M, int N>
                                              std::size_t pairs, prefetch& fetch) {
   for (std::size_t p = 0; p < pairs; ++p) {
     if constexpr (Stream) {
-      for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + l1_distance + line);
+      for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + fetch.distance + line);
       for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
     }
     Step::run(acc, w, a);
@@ -140,7 +141,7 @@ void tile_columns(const char* w, const typename Step::a_type* a, std::size_t pai
   static_assert(column_vectors % n == 0);
   for (int v = 0; v < column_vectors; v += n)
     tile<Step, Stream, M, n>(w + v * vec::lanes * Step::lane_bytes, a, pairs, c + v * vec::lanes, v * vec::lanes,
-                             v == 0 ? fetch : prefetch{}, job);
+                             v == 0 ? fetch : prefetch{fetch.distance}, job);
 }
 
 template <class Step, class Job>
@@ -203,8 +204,8 @@ void gemm(const gemm_job& job) {
   const std::size_t lines = job.next ? (part_bytes(job) / 64 + pairs - 1) / pairs : 0;  // per pair
   const int per_pair = static_cast<int>(job.rows > vec::max_rows ? (lines + 1) / 2 : lines);
   const auto fetch = [&](int t) {
-    if (t > 1 || !job.next) return prefetch{};
-    return prefetch{static_cast<const char*>(job.next) + t * pairs * per_pair * 64, per_pair};
+    if (t > 1 || !job.next) return prefetch{job.distance};
+    return prefetch{job.distance, static_cast<const char*>(job.next) + t * pairs * per_pair * 64, per_pair};
   };
   tile_rows<Step, true>(job, static_cast<const char*>(job.panel) + job.layout->code_offset(job.k_begin), job.k_begin,
                         pairs, carried{job.k_begin == 0, nullptr}, fetch);

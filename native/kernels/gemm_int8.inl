@@ -11,7 +11,7 @@ template <class Dot, int Unit, int M, int N>
   constexpr int at_once = Unit / 4;  // quads
   for (std::size_t q = 0; q < quads; q += at_once) {
     for (int i = 0; i < at_once; ++i) {
-      for (std::size_t line = 0; line < 4 * panel_columns; line += 64) prefetch_l1(w + l1_distance + line);
+      for (std::size_t line = 0; line < 4 * panel_columns; line += 64) prefetch_l1(w + fetch.distance + line);
       for (int l = 0; l < fetch.lines; ++l, fetch.next += 64) prefetch_l2(fetch.next);
       typename Dot::weights b[N];
       KT_UNROLLED (n, N) b[n] = Dot::prepare(w + n * vec::lanes * 4);
@@ -33,7 +33,7 @@ void int8_columns(const char* w, const std::uint32_t* a, std::size_t quads, floa
   static_assert(column_vectors % n == 0);
   for (int v = 0; v < column_vectors; v += n)
     int8_tile<Dot, Unit, M, n>(w + v * vec::lanes * 4, a, quads, c + v * vec::lanes, first,
-                               v == 0 ? fetch : prefetch{});
+                               v == 0 ? fetch : prefetch{fetch.distance});
 }
 
 template <class Dot, int Unit>
@@ -81,8 +81,9 @@ void gemm_int8_dyn(const gemm_job& job) {
     const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
     const auto* a =
         static_cast<const std::uint32_t*>(job.rows_packed) + (begin * job.layout->k + job.k_begin * rows) / 4;
-    prefetch fetch;
-    if (t < 2 && job.next) fetch = {static_cast<const char*>(job.next) + t * quads * per_quad * 64, per_quad};
+    prefetch fetch{job.distance};
+    if (t < 2 && job.next)
+      fetch = {job.distance, static_cast<const char*>(job.next) + t * quads * per_quad * 64, per_quad};
     tiles.by_rows[rows - 1](w, a, quads, job.c + begin * panel_columns, job.k_begin == 0, fetch);
   }
   if (job.k_end == job.layout->k) scale_int8<Dot>(job);

@@ -93,19 +93,20 @@ class code_reader {
         ahead_(job.next ? static_cast<const char*>(job.next) + panel * job.layout->bytes() -
                               job.layout->code_offset(job.k_begin)
                         : panel_),
-        scale_bytes_(job.layout->format.group ? job.layout->scale_bytes() : 0) {}
+        scale_bytes_(job.layout->format.group ? job.layout->scale_bytes() : 0),
+        distance_(job.distance) {}
 
   const char* at(std::size_t offset) const { return panel_ + offset; }
 
   // bf16 of the codes at an offset: k_step of k, in the group of `unpack`.
   [[gnu::always_inline]] void read(const each& unpack, std::size_t offset, char* out) const {
-    prefetch_l1(panel_ + offset + l1_distance);
+    prefetch_l1(panel_ + offset + distance_);
     prefetch_l2(ahead_ + offset);
     unpack(panel_ + offset, out);
   }
   void fetch_scales(std::size_t offset) const {
     for (std::size_t i = 0; i < scale_bytes_; i += 64) {
-      prefetch_l1(panel_ + offset + i + l1_distance);
+      prefetch_l1(panel_ + offset + i + distance_);
       prefetch_l2(ahead_ + offset + i);
     }
   }
@@ -113,7 +114,7 @@ class code_reader {
  private:
   const char* const panel_;
   const char* const ahead_;
-  const std::size_t scale_bytes_;
+  const std::size_t scale_bytes_, distance_;
 };
 
 // bf16 of k up to `end`, group by group. Calls each_group(offset of the scales).

@@ -86,6 +86,11 @@ feature_set cpu_features() {
   return features;
 }
 
+bool cpu_is_amd() {
+  const registers zero = cpuid(0, 0);
+  return zero.ebx == 0x68747541 && zero.edx == 0x69746e65 && zero.ecx == 0x444d4163;  // "AuthenticAMD"
+}
+
 bool executes(feature_set features) {
   features &= ~cpu_features();
   if (!features) return true;
@@ -104,6 +109,7 @@ bool executes(feature_set features) {
 #else
 
 feature_set cpu_features() { return feature::none; }
+bool cpu_is_amd() { return false; }
 bool executes(feature_set features) { return !features; }
 
 #endif

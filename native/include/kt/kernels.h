@@ -70,6 +70,7 @@ struct gemm_job {
   float* c;                // [rows][32]; where k_begin > 0, what the call before it left; whole after k_end == K
   const float* row_scale;  // [rows], int8_dyn only
   const void* next;        // the same part of the panel or panels to come, fetched meanwhile; null: nothing
+  std::size_t distance;    // how far ahead in the panel itself, bytes
 };
 
 // c [rows][32] -> columns [column, column + 16 or 32) of the packed block of the next GEMM.
@@ -120,6 +121,7 @@ struct kernel_table {
   row_kernels rows;                            // of all formats but int8_dyn
   // int8_dyn: `pack` copies int8 codes; `activate` writes plain fp32 rows [rows][k], which are quantised when whole.
   row_kernels int8_rows;
+  int tile_rows;  // that read a panel once
   void (*quantize_rows)(const quantize_rows_job&);
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
