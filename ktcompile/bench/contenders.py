@@ -22,7 +22,7 @@ _ERROR_TOLERANCE, _OUTPUT_ROUNDING = 2, 2**-9
 # Copies of the weights, so that the calls of a turn together read several times what the caches hold.
 _CACHES_READ, _MOST_LAYERS = 4, 16
 # What a process of torch takes without any weights.
-_PROCESS_BYTES = 400 << 20
+_PROCESS_BYTES = 300 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +168,15 @@ def fits_in_cache(contender: Contender, shape: MoeShape, cache_bytes: int) -> bo
 
 
 def needed_bytes(contenders: Iterable[Contender], shape: MoeShape, max_tokens: int) -> int:
-    """Return the memory that all of them need at once, with what is needed while weights are packed."""
+    """Return the memory that all of them need at once; peers that copy contiguous weights are set up first."""
     # Contenders of ktcompile in one format share their weights, as do those of transformers.
     packed = {(c.library, c.variant if c.library != "transformers" else ""): c for c in contenders}
     weights = sum(c.layers * _layer_bytes(c, shape) for c in packed.values())
-    source = 2 * shape.num_experts * shape.expert_weights
+    copying = sum(c.layers * _layer_bytes(c, shape) for c in packed.values() if c.library == "kt-kernel")
+    source = 2 * shape.num_experts * shape.expert_weights if copying else 0
     rows = max_tokens * shape.top_k * (2 * shape.hidden_size + 3 * shape.intermediate_size) * 2
-    groups = processes(contenders)
-    return weights + source + roofline.probe_bytes() + len(groups) * (_PROCESS_BYTES + rows)
+    groups = len(processes(contenders))
+    return max(weights + groups * rows, copying + source) + groups * _PROCESS_BYTES + roofline.probe_bytes()
 
 
 def fit_experts(contenders: Sequence[Contender], shape: MoeShape, max_tokens: int, free: int) -> MoeShape:
@@ -184,16 +185,13 @@ def fit_experts(contenders: Sequence[Contender], shape: MoeShape, max_tokens: in
     Eight times top_k are enough for consecutive calls of one token to touch experts of their own. ValueError: not
     even top_k experts fit.
     """
-    cache = roofline.cache_bytes()
-    experts = min(shape.num_experts, 8 * shape.top_k)
-    while True:
+    cache, most = roofline.cache_bytes(), min(shape.num_experts, 8 * shape.top_k)
+    for experts in (*range(most, shape.top_k, -shape.top_k), shape.top_k):
         smaller = replace(shape, num_experts=experts)
-        if needed_bytes(with_layers(contenders, smaller, cache), smaller, max_tokens) <= free:
+        needed = needed_bytes(with_layers(contenders, smaller, cache), smaller, max_tokens)
+        if needed <= free:
             return smaller
-        if experts == shape.top_k:
-            needed = needed_bytes(with_layers(contenders, smaller, cache), smaller, max_tokens)
-            raise ValueError(_too_large(contenders, smaller, needed, free, "fewer --formats or --peers"))
-        experts = max(shape.top_k, experts // 2)
+    raise ValueError(_too_large(contenders, smaller, needed, free, "fewer --formats or --peers"))
 
 
 def check_fit(contenders: Sequence[Contender], shape: MoeShape, max_tokens: int, free: int) -> None:

@@ -168,7 +168,8 @@ class _ShapeRun:
             wanted = self._shape.num_experts
             self._shape = who.fit_experts(b.contenders, self._shape, max(b.tokens), usable_memory())
             if self._shape.num_experts < wanted:
-                self._notes.append(f"{self._shape.num_experts} of {wanted} experts, to fit into memory (see --experts)")
+                kept = f"{self._shape.num_experts} of {wanted} experts"
+                self._notes.append(f"{kept}: as many as are useful and fit into memory; --experts asks for a number")
         planned = who.with_layers(b.contenders, self._shape, cache_bytes())
         cached = [c.name for c in planned if who.fits_in_cache(c, self._shape, cache_bytes())]
         if cached:

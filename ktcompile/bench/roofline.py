@@ -24,7 +24,7 @@ class Ceilings:
 
 
 class Probe:
-    """Measures the ceilings in some 20 ms, often enough to follow a machine whose memory others use too."""
+    """Measures the ceilings in some 30 ms, often enough to follow a machine whose memory others use too."""
 
     def __init__(self, threads: int, arithmetics: Iterable[str]) -> None:
         self._context = _native.Context(threads)
@@ -66,7 +66,7 @@ def probe_bytes() -> int:
 
 
 def _read_bandwidth(context: _native.Context, size: int) -> float:
-    return context.read_bandwidth(machine().isa, size, 1)
+    return context.read_bandwidth(machine().isa, size, 2)  # a pass may be interrupted
 
 
 def _arithmetic_rate(context: _native.Context, arithmetic: str) -> float:

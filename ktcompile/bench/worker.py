@@ -200,6 +200,7 @@ def _ktcompile(shape: Dimensions, threads: int, contenders: list[dict[str, Any]]
     from ktcompile.ops.moe import run
 
     ktcompile.set_num_threads(threads)
+    torch.set_num_threads(1)  # experts are packed side by side; threads of torch's own would be in the way
     source = make_source(shape)
     packed: dict[str, list[ktcompile.ops.PackedExperts]] = {}
     made: Made = {}

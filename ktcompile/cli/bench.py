@@ -282,12 +282,17 @@ def _print_results(console: Console, report: ShapeReport) -> None:
     from rich import box
     from rich.table import Table
 
-    errors = {c.name: c.error for c in report.contenders}
-    table = Table("T", "contender", box=box.SIMPLE)
+    contenders = {c.name: c for c in report.contenders}
+    table = Table("T", box=box.SIMPLE)
+    table.add_column("contender", no_wrap=True)
     for name in ("ms", "min ms", "GB/s", "GFLOP/s", "fraction", "of best", "error"):
         table.add_column(name, justify="right")
     peers = list(dict.fromkeys(name for r in report.results for name in r.ratios))
-    faster = Table("T", "faster than", *peers, box=box.SIMPLE)
+    faster = Table("T", box=box.SIMPLE)
+    faster.add_column("faster than", no_wrap=True)
+    for name in peers:
+        library = contenders[name].library
+        faster.add_column(f"{library}\n{name.removeprefix(library + '-')}", justify="right")
     for r, following in zip(report.results, (*report.results[1:], None), strict=True):
         last = following is None or following.tokens != r.tokens
         table.add_row(
@@ -299,7 +304,7 @@ def _print_results(console: Console, report: ShapeReport) -> None:
             f"{r.flops_per_second / 1e9:.0f}",
             f"{r.fraction:.2f}",
             f"{r.of_best:.2f}",
-            f"{errors[r.contender]:.2g}",
+            f"{contenders[r.contender].error:.2g}",
             end_section=last,
         )
         if r.ratios:
