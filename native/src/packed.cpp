@@ -117,9 +117,9 @@ float get_scale(scale_type type, const char* scales, int column) {
 void check_scale(const weight_format& f, float scale, int expert, std::ptrdiff_t n, std::size_t g) {
   const float size = std::fabs(scale);
   const bool power = (as_u32(scale) & 0x007fffffu) == 0 && scale > 0;
-  const bool fits = std::isfinite(scale) &&
-                    (f.kind != format::mxfp4 || (power && size >= 0x1p-120f && size <= 0x1p120f)) &&
-                    (f.scale != scale_type::f16 || size <= 65504.0f);
+  const bool fits =
+      std::isfinite(scale) && (f.kind != format::mxfp4 || (power && size >= 0x1p-120f && size <= 0x1p120f)) &&
+      (f.scale != scale_type::f16 || size <= 65504.0f) && (f.scale != scale_type::bf16 || size < 0x1.ffp127f);
   if (fits) return;
   throw std::invalid_argument("the scale of expert " + std::to_string(expert) + ", output " + std::to_string(n) +
                               ", group " + std::to_string(g) + " is " + std::to_string(scale) + "; " +

@@ -1,7 +1,7 @@
 // What all tests share: the instruction sets to test, and `check`.
 #pragma once
+#include <kt/context.h>
 #include <kt/isa.h>
-#include <kt/moe.h>
 
 #include <cstddef>
 #include <string>
@@ -41,4 +41,4 @@ struct test {
 };
 
 // Each in a file of its own.
-extern const std::vector<test> system_tests, topology_tests, value_tests, layer_tests;
+extern const std::vector<test> system_tests, topology_tests, value_tests, linear_tests, layer_tests;

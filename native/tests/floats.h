@@ -34,6 +34,15 @@ inline double define(std::uint16_t h, int exponent_bits) {
   return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
 }
 
+// A format of few bits without infinities, as e4m3 and e2m1. No code of NaN is given to it.
+inline double minifloat(int code, int exponent_bits, int mantissa_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1, mantissa = code & ((1 << mantissa_bits) - 1);
+  const int exponent = code >> mantissa_bits & ((1 << exponent_bits) - 1);
+  const double magnitude = exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
+                                         : std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+  return code >> (exponent_bits + mantissa_bits) & 1 ? -magnitude : magnitude;
+}
+
 constexpr int f16_exponent = 5, bf16_exponent = 8;
 
 inline double decode(std::uint16_t h, int exponent_bits) {

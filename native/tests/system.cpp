@@ -3,12 +3,13 @@
 #include <kt/nan_memory.h>
 #include <kt/thread_pool.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
 
 #include "check.h"
-#include "layer.h"
+#include "weights.h"
 
 namespace {
 
@@ -58,7 +59,19 @@ void test_dispatch() {
   for (const kt::isa& i : kt::all_isas()) {
     check(kt::find_isa(i.name) == &i, std::string("find_isa ") + i.name);
     check(i.required == 0 || !kt::runs_on(i, kt::feature::none), std::string(i.name) + " needs its features");
-    check(i.kernels->gemm[static_cast<int>(dtype::bf16)], std::string(i.name) + " runs bf16");
+    const std::vector<kt::isa>& all = kt::all_isas();
+    const bool listed = std::any_of(all.begin(), all.end(), [&](const kt::isa& o) {
+      return o.kernels == i.fallback && (o.required & i.required) == o.required;
+    });
+    check(listed, std::string(i.name) + " has a fallback that runs where it runs");
+    for (const kt::weight_format& f : all_formats())
+      for (dtype rows : dtypes) {
+        const kt::kernel_table& k = kt::kernels_for(i, f.kind, rows);
+        check(k.gemm[static_cast<int>(f.kind)] && (f == int8_dyn || !k.rows_in_bf16 || rows == dtype::bf16),
+              std::string(i.name) + " multiplies " + name_of(rows) + " rows with " + name_of(f));
+      }
+    for (const kt::weight_format& f : quantized_formats())
+      check(&kt::kernels_for(i, f.kind, dtype::bf16) == i.kernels, std::string(i.name) + " has " + name_of(f));
   }
   check(kt::executes(kt::cpu_features()), "this CPU executes what it reports");
   check(!kt::executes(kt::feature::amx_int8 & ~kt::cpu_features()) || kt::cpu_features() & kt::feature::amx_int8 ||
@@ -71,6 +84,7 @@ void test_probes() {
   for (const kt::isa* i : isas) {
     check(threads(2).read_bandwidth(*i->kernels, 4 << 20, 1) > 1e6, std::string("read_bandwidth of ") + i->name);
     check(i->kernels->arithmetic(1000) > 0, std::string("arithmetic of ") + i->name);
+    check(i->kernels->int8_arithmetic(1000) > 0, std::string("int8_arithmetic of ") + i->name);
     const std::vector<char> some(1 << 12, 0x5a);
     std::vector<char> odd = some;
     odd[7] = 0;

@@ -1,6 +1,7 @@
 // Conversions between formats, exhaustively where that is cheap, and the activations over all magnitudes.
 #include <algorithm>
 #include <cstdio>
+#include <stdexcept>
 
 #include "check.h"
 #include "layer.h"
@@ -16,21 +17,98 @@ void test_pack_and_unpack() {
     for (int layout = 0; layout < 8; ++layout)
       for (std::size_t size : {1, 33}) {
         layer_case c;
-        c.source = c.format = type;
+        c.source = type;
+        c.format = float_format(type);
         c.interleaved = layout & 1;
         c.transposed = layout & 2;
         c.act.gated = layout & 4;
         c.hidden = size;
         c.intermediate = 20 - size / 2;
         layer l(c, ++n), target(c, ++n);
-        for (elements* e : {&target.gate_up, &target.down})
-          for (std::size_t i = 0; i < e->size(); ++i) e->set(i, NAN);
+        for (random_weight* w : {&target.gate_up, &target.down})
+          for (std::size_t i = 0; i < w->plain.size(); ++i) w->plain.set(i, NAN);
         const kt::experts packed = l.pack();
         for (int i = 0; i < c.experts; ++i)
-          packed.unpack(i, target.gate_up_view(target.gate_up), target.down_view(target.down));
-        check(target.gate_up.bytes == l.gate_up.bytes && target.down.bytes == l.down.bytes,
+          packed.unpack(i, target.gate_up.plain_view(target.gate_up.plain), target.down.plain_view(target.down.plain));
+        check(target.gate_up.plain.bytes == l.gate_up.plain.bytes && target.down.plain.bytes == l.down.plain.bytes,
               "pack and unpack " + describe(c));
       }
+}
+
+// What codes stand for, whole: of one slice and of several, rounded to every type.
+void test_unpacking_of_codes() {
+  unsigned n = 8500;
+  for (const kt::weight_format& format : quantized_formats())
+    for (dtype type : dtypes)
+      for (bool large : {false, true}) {
+        ++n;
+        layer_case c;
+        c.format = format;
+        c.experts = 2;
+        c.hidden = large ? 200 : 33;
+        c.intermediate = large ? 300 : 7;
+        c.slices = large ? 1 + static_cast<int>(n % 3) : 1;
+        c.interleaved = n / 2 % 2;
+        c.transposed = n / 4 % 2;
+        c.act.gated = n % 5 != 0;
+        if (quick && large) continue;
+        layer l(c, n);
+        const kt::experts packed = l.pack();
+        elements gate_up(type, c.experts * l.rows() * c.hidden), down(type, c.experts * c.hidden * c.intermediate);
+        for (elements* e : {&gate_up, &down})
+          for (std::size_t i = 0; i < e->size(); ++i) e->set(i, NAN);
+        for (int i = 0; i < c.experts; ++i) packed.unpack(i, l.gate_up.plain_view(gate_up), l.down.plain_view(down));
+        const std::string label = "unpacking to " + std::string(name_of(type)) + " " + describe(c);
+        for (const auto& [w, got] : {std::pair(&l.gate_up, &gate_up), std::pair(&l.down, &down)}) {
+          bool right = true;
+          for (std::size_t e = 0; e < w->experts; ++e)
+            for (std::size_t i = 0; i < w->n; ++i)
+              for (std::size_t k = 0; k < w->k; ++k)
+                right = right && got->get(w->plain_places().at(e, i, k)) == floats::round_to(w->value(e, i, k), type);
+          check(right, label);
+        }
+      }
+}
+
+void test_refused_scales() {
+  using kt::format;
+  using kt::scale_type;
+  struct refused {
+    kt::weight_format format;
+    float scale;
+  };
+  const kt::weight_format mxfp4 = {format::mxfp4, 32, scale_type::e8m0}, int8 = {format::int8, 0, scale_type::f32};
+  const kt::weight_format half = {format::int4, 32, scale_type::f16}, brain = {format::int4, 32, scale_type::bf16};
+  std::vector<refused> all;
+  for (const kt::weight_format& f : quantized_formats())
+    for (float bad : {NAN, INFINITY, -INFINITY}) all.push_back({f, bad});
+  for (float bad : {0.0f, 3.0f, -1.0f, 0x1p-121f, 0x1p121f, 0x1p-130f, 0.75f}) all.push_back({mxfp4, bad});
+  for (float bad : {65536.0f, -65536.0f, 1e9f}) all.push_back({half, bad});
+  for (float bad : {3.4e38f, -3.4e38f}) all.push_back({brain, bad});
+  const refused right[] = {{mxfp4, 0x1p120f},   {mxfp4, 0x1p-120f}, {half, 65504.0f}, {brain, 0x1.fep127f},
+                           {int8, 0x1.fep120f}, {half, 0.0f},       {brain, -1.5f},   {half, 0x1p-24f}};
+  const auto error = [](const refused& r) -> std::string {
+    std::mt19937 random(8700);
+    random_weight w(r.format, dtype::f32, 2, 35, 70, false, 1, random);
+    w.scales[w.scale_places().at(1, 34, w.groups() - 1)] = r.scale;
+    kt::packed_weight packed(r.format, 2, 2, 0, 70, kt::column_map::plain(0, 35), -1);
+    packed.pack(0, w.quantized_view());
+    try {
+      packed.pack(1, w.quantized_view());
+    } catch (const std::invalid_argument& e) {
+      return e.what();
+    }
+    return {};
+  };
+  for (const refused& r : all) {
+    const std::string text = error(r);
+    check(text.find("expert 1, output 34, group") != std::string::npos,
+          name_of(r.format) + " with the scale " + std::to_string(r.scale) + ": '" + text + "'");
+  }
+  for (const refused& r : right) {
+    const std::string text = error(r);
+    check(text.empty(), name_of(r.format) + " with the scale " + std::to_string(r.scale) + ": '" + text + "'");
+  }
 }
 
 // All patterns of a type as the weights of one expert, read back in another type.
@@ -43,7 +121,7 @@ elements convert(const elements& from, dtype format, dtype to) {
   elements source = from, gate_up(to, from.size()), down(to, from.size());
   const auto view = [&](elements& e, std::ptrdiff_t k) { return kt::weight_view{e.bytes.data(), e.type, 0, k, 1}; };
   const auto rows = static_cast<std::ptrdiff_t>(shape.intermediate_size);
-  kt::experts experts(shape, format);
+  kt::experts experts(shape, float_format(format));
   experts.pack(0, view(source, 256), view(source, rows));
   experts.unpack(0, view(gate_up, 256), view(down, rows));
   check(gate_up.bytes == down.bytes, "gate_up and down convert alike");
@@ -112,7 +190,7 @@ void test_conversion_in_kernels() {
       elements packed(i->kernels->rows_in_bf16 ? dtype::bf16 : dtype::f32, 65536);
       {
         const kernel_mode mode;
-        i->kernels->pack_rows({source.bytes.data(), from, 0, index, 1, source.size(), 65536, packed.bytes.data()});
+        i->kernels->rows.pack({source.bytes.data(), from, 0, index, 1, source.size(), 65536, packed.bytes.data()});
       }
       const std::string label = std::string("rows of ") + name_of(from) + " [" + i->name + "]";
       check_bits(packed, source, label);
@@ -125,7 +203,7 @@ void test_conversion_in_kernels() {
       {
         const kernel_mode mode;
         for (int columns : {32, 31})
-          i->kernels->store({reinterpret_cast<const float*>(around.bytes.data()), around.size() / 32, columns,
+          i->kernels->store({reinterpret_cast<const float*>(around.bytes.data()), nullptr, around.size() / 32, columns,
                              out.bytes.data(), to, 32});
       }
       const std::string label = std::string("stores of ") + name_of(to) + " [" + i->name + "]";
@@ -198,7 +276,8 @@ void check_activation(activation a, float x, float got, const std::string& label
 void test_activations() {
   const std::vector<float> x = sweep();
   for (const kt::isa* i : isas) {
-    if (i->kernels->rows_in_bf16) continue;
+    const kt::kernel_table& k = *i->kernels;
+    auto* const activate = k.rows_in_bf16 ? k.int8_rows.activate : k.rows.activate;  // both write fp32
     for (activation a :
          {activation::silu, activation::gelu_tanh, activation::gelu_erf, activation::relu, activation::relu2})
       for (bool gated : {false, true}) {
@@ -208,14 +287,14 @@ void test_activations() {
         {
           const kernel_mode mode;
           for (int r = 0; r < rows; ++r)
-            i->kernels->activate({c.data() + r * 32,
-                                  1,
-                                  nullptr,
-                                  {a, gated, 1.0f, 0.0f},
-                                  false,
-                                  0,
-                                  static_cast<std::size_t>(width),
-                                  h.data() + r * width});
+            activate({c.data() + r * 32,
+                      1,
+                      nullptr,
+                      {a, gated, 1.0f, 0.0f},
+                      false,
+                      0,
+                      static_cast<std::size_t>(width),
+                      h.data() + r * width});
         }
         const std::string label = std::string("[") + i->name + "] " + name_of(a);
         for (std::size_t k = 0; k < x.size(); ++k) check_activation(a, x[k], h[k], label);
@@ -227,6 +306,8 @@ void test_activations() {
 
 const std::vector<test> value_tests = {
     {"pack and unpack", test_pack_and_unpack},
+    {"unpacking of codes", test_unpacking_of_codes},
+    {"refused scales", test_refused_scales},
     {"conversion of weights", test_conversion_of_weights},
     {"conversion in kernels", test_conversion_in_kernels},
     {"activations", test_activations},
