@@ -9,11 +9,20 @@ struct block {
   static T& at(void* tile, int rows, int row, std::size_t k) {
     return static_cast<T*>(tile)[(k / Unit * rows + row) * Unit + k % Unit];
   }
-  static void put(void* tile, int rows, int row, std::size_t k, float x) {
+  // As many k of a row as a vector has, from k on, which is a multiple of that. bf16 is rounded to.
+  static void put(void* tile, int rows, int row, std::size_t k, vec::f32 x) {
+    alignas(64) T values[vec::lanes];
     if constexpr (sizeof(T) == 4)
-      at(tile, rows, row, k) = x;
+      vec::store(values, x);
     else
-      at(tile, rows, row, k) = static_cast<T>(as_u32(x) >> 16);  // bf16: x is representable
+      vec::store_bf16(values, x);
+    copy(tile, rows, row, k, values);
+  }
+  static void copy(void* tile, int rows, int row, std::size_t k, const void* values) {
+    constexpr int together = Unit < vec::lanes ? Unit : vec::lanes;
+    KT_UNROLLED (i, vec::lanes / together)
+      __builtin_memcpy(&at(tile, rows, row, k + i * together), static_cast<const T*>(values) + i * together,
+                       together * sizeof(T));
   }
 };
 
@@ -33,6 +42,7 @@ template <class Block>
 void pack_rows(const pack_rows_job& job) {
   const typename Block::cut tiles(job.rows);
   const std::size_t size = size_of(job.type);
+  const bool as_it_is = sizeof(typename Block::element) == 2 && job.type == dtype::bf16;
   for (int t = 0; t < tiles.count; ++t) {
     const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
     char* tile = static_cast<char*>(job.packed) + begin * job.k_padded * sizeof(typename Block::element);
@@ -40,17 +50,16 @@ void pack_rows(const pack_rows_job& job) {
     for (std::size_t k = 0; k < job.k_padded; k += vec::lanes)
       for (int r = 0; r < rows; ++r) {
         const std::size_t from = job.index ? job.index[begin + r] : begin + r;
-        const char* row = static_cast<const char*>(job.source) + from * job.stride * size;
-        float x[vec::lanes];
-        if (k + vec::lanes <= job.k) {
-          vec::store(x, load_as_f32(row, job.type, k));
-          KT_UNROLLED (i, vec::lanes) Block::put(tile, rows, r, k + i, x[i]);
-        } else {
-          alignas(64) char rest[vec::lanes * 4] = {};
-          if (k < job.k) __builtin_memcpy(rest, row + k * size, (job.k - k) * size);
-          vec::store(x, load_as_f32(rest, job.type, 0));
-          for (std::size_t i = 0; i < vec::lanes && k + i < job.k_padded; ++i) Block::put(tile, rows, r, k + i, x[i]);
+        const char* values = static_cast<const char*>(job.source) + (from * job.stride + k) * size;
+        alignas(64) char rest[vec::lanes * 4] = {};
+        if (k + vec::lanes > job.k) {
+          if (k < job.k) __builtin_memcpy(rest, values, (job.k - k) * size);
+          values = rest;
         }
+        if (as_it_is)
+          Block::copy(tile, rows, r, k, values);
+        else
+          Block::put(tile, rows, r, k, load_as_f32(values, job.type, 0));
       }
   }
 }
@@ -147,10 +156,8 @@ void activate(const activate_job& job) {
       for (int column = 0; column < columns; column += vec::lanes) {
         vec::f32 h = job.spec.gated ? apply_gated(job.spec, at(row, column), at(row, column + columns))
                                     : apply(job.spec, at(row, column));
-        if (job.round_to_bf16) h = vec::round_bf16(h);
-        float x[vec::lanes];
-        vec::store(x, h);
-        KT_UNROLLED (i, vec::lanes) Block::put(tile, rows, r, job.column + column + i, x[i]);
+        if (job.round_to_bf16 && sizeof(typename Block::element) == 4) h = vec::round_bf16(h);
+        Block::put(tile, rows, r, job.column + column, h);
       }
     }
   }

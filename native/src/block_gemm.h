@@ -41,8 +41,6 @@ class block_gemm {
   }
 
   std::size_t row_bytes() const { return row_bytes_; }
-  // Rows of a block that are enough to read a panel from memory once for many products.
-  std::size_t most_rows() const { return std::clamp<std::size_t>(l2_bytes() / 2 / row_bytes_, 128, kt::most_rows); }
   // Bytes of `c` for blocks of this many rows.
   std::size_t c_bytes(std::size_t rows) const { return at_once(rows) * rows * panel_columns * sizeof(float); }
 

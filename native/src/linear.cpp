@@ -30,15 +30,15 @@ void context::linear(const packed_weight& w, const kernel_table& k, const linear
   const bool dynamic = w.layout().format.kind == format::int8_dyn;
   const row_kernels& kind = dynamic ? k.int8_rows : k.rows;
   const block_gemm gemm(k, w);
-  const cut items(a.rows, gemm.most_rows(), w.panels(), pool_.size());
-  const std::size_t padded = w.layout().k, size = size_of(a.type), most = gemm.most_rows();
+  const cut items(a.rows, most_rows, w.panels(), pool_.size());
+  const std::size_t padded = w.layout().k, size = size_of(a.type), most = std::min<std::size_t>(most_rows, a.rows);
   // All rows packed once, block after block.
   buffer& packed = scratch_->codes;
   packed.reserve(a.rows * gemm.row_bytes());
   scratch_->scale.reserve(a.rows * sizeof(float));
   for (thread_scratch& t : scratch_->threads) {
     t.rows.reserve(most * padded);
-    t.c.reserve(gemm.c_bytes(std::min(most, a.rows)));
+    t.c.reserve(gemm.c_bytes(most));
   }
   queue blocks(items.blocks);
   auto pack = [&](int thread) {

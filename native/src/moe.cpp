@@ -135,7 +135,7 @@ class layer_run {
         dynamic_(e.format.kind == format::int8_dyn),
         rows_(dynamic_ ? k.int8_rows : k.rows),
         scratch_(scratch),
-        blocks_(cut_blocks(r, block_gemm(k, e.slices.front().gate_up).most_rows())) {
+        blocks_(cut_blocks(r, kt::most_rows)) {
     for (const block& b : blocks_) most_rows_ = std::max(most_rows_, b.rows);
   }
 

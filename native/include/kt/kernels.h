@@ -106,7 +106,7 @@ struct store_job {
   std::size_t stride;
 };
 
-// Rows of a block, at most.
+// Rows of a block, at most: enough to read a panel from memory once for many products.
 constexpr int most_rows = 256;
 
 // How activations lie for a family of formats.
