@@ -41,8 +41,11 @@ class block_gemm {
   }
 
   std::size_t row_bytes() const { return row_bytes_; }
-  // Bytes of `c` for blocks of this many rows.
-  std::size_t c_bytes(std::size_t rows) const { return at_once(rows) * rows * panel_columns * sizeof(float); }
+  // Bytes of `c` that are enough for blocks of up to this many rows.
+  std::size_t c_bytes(std::size_t rows) const {
+    const std::size_t one = std::max(rows, 2 * few_rows) * panel_columns * sizeof(float);
+    return chunk(rows) == w_.layout().k ? one : std::max(one, sums_bytes());
+  }
 
   // Calls done(p, c [rows][32]) for panels [first, last) of an expert, ascending. `following` is what the thread
   // multiplies afterwards, fetched meanwhile; null: nothing.
@@ -71,18 +74,20 @@ class block_gemm {
   }
 
  private:
-  // How much of K is multiplied at once: so much that the rows take half of the second-level cache.
+  // How much of K is multiplied at once: near-equal parts, in which the rows take half of the second-level cache.
   std::size_t chunk(std::size_t rows) const {
-    const std::size_t k = w_.layout().k, fits = l2_bytes() / 2 * k / (rows * row_bytes_) / 128 * 128;
-    return fits >= k ? k : std::max<std::size_t>(fits, 512);
+    const std::size_t k = w_.layout().k, cache = l2_bytes() / 2;
+    const std::size_t parts = std::clamp<std::size_t>((rows * row_bytes_ + cache - 1) / cache, 1, (k + 511) / 512);
+    return parts == 1 ? k : (k / parts + 127) / 128 * 128;
   }
   // Few rows take two panels, which shortens no sum but has twice as many under way. Where K is cut, as many as have
   // sums that take a quarter of the cache.
   std::size_t at_once(std::size_t rows) const {
     if (chunk(rows) == w_.layout().k) return rows <= few_rows ? 2 : 1;
-    return std::max<std::size_t>(1, l2_bytes() / 4 / (rows * panel_columns * sizeof(float)));
+    return std::max<std::size_t>(1, sums_bytes() / (rows * panel_columns * sizeof(float)));
   }
 
+  static std::size_t sums_bytes() { return l2_bytes() / 4; }
   static constexpr std::size_t few_rows = 4;
 
   void (*const gemm_)(const gemm_job&);
