@@ -12,10 +12,13 @@ struct dot {
   static weights prepare(const char* p) { return load_as<std::uint32_t>(p); }
   static weights prepare(i32 x) { return static_cast<weights>(x); }
   static i32 add(i32 acc, i32 x, weights w) {
+    auto sum = static_cast<std::uint32_t>(acc);  // sums may pass 2^31 until `sub`
     for (int shift = 0; shift < 32; shift += 8)
-      acc += static_cast<unsigned char>(static_cast<std::uint32_t>(x) >> shift) * static_cast<signed char>(w >> shift);
-    return acc;
+      sum += static_cast<unsigned char>(static_cast<std::uint32_t>(x) >> shift) * static_cast<signed char>(w >> shift);
+    return static_cast<i32>(sum);
   }
-  static i32 sub(i32 a, i32 b) { return a - b; }
+  static i32 sub(i32 a, i32 b) {
+    return static_cast<i32>(static_cast<std::uint32_t>(a) - static_cast<std::uint32_t>(b));
+  }
   static vec::f32 to_float(i32 x) { return static_cast<float>(x); }
 };

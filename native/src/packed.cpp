@@ -1,5 +1,6 @@
 #include <kt/packed.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -66,22 +67,49 @@ std::size_t place(std::size_t k, int column) {
     return k * panel_columns + column;
 }
 
-// Byte and shift of the code of (k, column) in a panel.
+// Byte and shift of the code of (k, column) among the codes of a group.
 struct code_place {
   std::size_t byte;
   int shift;
 };
 
-code_place place_of(const panel_layout& l, std::size_t k, std::size_t column) {
-  const std::size_t g = k / l.group * l.group, i = k - g, at = l.code_offset(g);
-  switch (l.format.kind) {
-    case format::int8:
-    case format::fp8: return {at + i / 2 * 64 + column % 16 / 4 * 16 + column / 16 * 8 + column % 4 * 2 + i % 2, 0};
-    case format::int8_dyn: return {at + (i / 4 * panel_columns + column) * 4 + i % 4, 0};
-    default: {
-      const std::size_t word = i / 4 * panel_columns + column % 16 * 2 + i % 2, code = i / 2 % 2 * 2 + column / 16;
-      return {at + word * 2 + code / 2, static_cast<int>(code % 2 * 4)};
-    }
+template <format F>
+code_place place_of(std::size_t k, std::size_t column) {
+  if constexpr (F == format::int8_dyn) {
+    return {(k / 4 * panel_columns + column) * 4 + k % 4, 0};
+  } else if constexpr (F == format::int8 || F == format::fp8) {
+    return {k / 2 * 64 + column % 16 / 4 * 16 + column / 16 * 8 + column % 4 * 2 + k % 2, 0};
+  } else {
+    const std::size_t word = k / 4 * panel_columns + column % 16 * 2 + k % 2, code = k / 2 % 2 * 2 + column / 16;
+    return {word * 2 + code / 2, static_cast<int>(code % 2 * 4)};
+  }
+}
+
+template <format F>
+void put_code(char* codes, std::size_t k, std::size_t column, std::uint8_t code) {
+  const code_place to = place_of<F>(k, column);
+  if constexpr (F == format::int4 || F == format::mxfp4)
+    codes[to.byte] = static_cast<char>((codes[to.byte] & ~(15 << to.shift)) | (code & 15) << to.shift);
+  else
+    codes[to.byte] = static_cast<char>(code);
+}
+
+template <format F>
+unsigned get_code(const char* codes, std::size_t k, std::size_t column) {
+  const code_place from = place_of<F>(k, column);
+  const unsigned byte = static_cast<unsigned char>(codes[from.byte]);
+  return F == format::int4 || F == format::mxfp4 ? byte >> from.shift & 15u : byte;
+}
+
+// Calls f with a format of codes as a compile-time constant.
+template <class F>
+void with_codes(format kind, F f) {
+  switch (kind) {
+    case format::int8: return f(std::integral_constant<format, format::int8>{});
+    case format::int8_dyn: return f(std::integral_constant<format, format::int8_dyn>{});
+    case format::int4: return f(std::integral_constant<format, format::int4>{});
+    case format::fp8: return f(std::integral_constant<format, format::fp8>{});
+    default: return f(std::integral_constant<format, format::mxfp4>{});
   }
 }
 
@@ -166,34 +194,40 @@ void packed_weight::pack(int expert, const weight_view& source) {
 
 void packed_weight::pack(int expert, const quantized_view& source) {
   const panel_layout& l = layout_;
-  const bool four_bits = l.format.kind == format::int4 || l.format.kind == format::mxfp4;
   const std::size_t first_group = l.format.group ? k_begin_ / l.group : 0;
   for_columns(expert, [&](std::ptrdiff_t n, char* panel, int column) {
-    const std::uint8_t* in = source.codes + expert * source.stride_expert + n * source.stride_n +
-                             static_cast<std::ptrdiff_t>(k_begin_) * source.stride_k;
     const std::ptrdiff_t scales = expert * source.scale_stride_expert + n * source.scale_stride_n;
-    std::int32_t sum = 0;
-    for (std::size_t g = 0; g < l.groups(); ++g) {
-      if (g * l.group >= k_) break;  // padding
+    for (std::size_t g = 0; g * l.group < k_; ++g) {
       const std::ptrdiff_t at = scales + static_cast<std::ptrdiff_t>(first_group + g) * source.scale_stride_group;
       char* scale = panel + l.scale_offset(g);
       check_scale(l.format, source.scales[at], expert, n, first_group + g);
       put_scale(l.format.scale, scale, column, source.scales[at]);
       if (l.format.zero_points) scale[2 * panel_columns + column] = static_cast<char>(source.zeros[at]);
-      const std::size_t end = std::min((g + 1) * l.group, k_);
-      for (std::size_t k = g * l.group; k < end; ++k) {
-        const std::uint8_t code = in[static_cast<std::ptrdiff_t>(k) * source.stride_k];
-        const code_place to = place_of(l, k, column);
-        if (four_bits)
-          panel[to.byte] = static_cast<char>((panel[to.byte] & ~(15 << to.shift)) | (code & 15) << to.shift);
-        else
-          panel[to.byte] = static_cast<char>(code);
-        sum += static_cast<std::int8_t>(code);
-      }
     }
-    if (l.format.kind == format::int8_dyn) {
-      sum *= 128;
-      std::memcpy(panel + l.scale_offset(0) + (panel_columns + column) * 4, &sum, 4);
+  });
+  // A part of a panel that stays in the first-level cache while its columns are written, one after the other.
+  constexpr std::size_t part = 128;
+  with_codes(l.format.kind, [&](auto kind) {
+    for (std::size_t p = 0; p < panels_; ++p) {
+      char* panel = data_.as<char>((expert * panels_ + p) * panel_bytes_);
+      std::int32_t sums[panel_columns] = {};
+      for (std::size_t k = 0, end; k < k_; k = end) {
+        const std::size_t g = k / l.group * l.group;
+        end = std::min({k + part, g + l.group, k_});
+        for (int column = 0; column < panel_columns; ++column) {
+          const std::ptrdiff_t n = columns_.feature(p, column);
+          if (n < 0) continue;
+          const std::uint8_t* in = source.codes + expert * source.stride_expert + n * source.stride_n +
+                                   static_cast<std::ptrdiff_t>(k_begin_ + k) * source.stride_k;
+          for (std::size_t i = k - g; i < end - g; ++i, in += source.stride_k) {
+            put_code<kind()>(panel + l.code_offset(g), i, column, *in);
+            sums[column] += static_cast<std::int8_t>(*in);
+          }
+        }
+      }
+      if (kind() != format::int8_dyn) continue;
+      for (std::int32_t& sum : sums) sum *= 128;
+      std::memcpy(panel + l.scale_offset(0) + panel_columns * 4, sums, sizeof sums);
     }
   });
 }
@@ -218,18 +252,18 @@ void packed_weight::unpack(int expert, const weight_view& target) const {
       });
       return;
     }
-    for_columns(expert, [&](std::ptrdiff_t n, const char* panel, int column) {
-      out_type* out = row(n);
-      for (std::size_t k = 0; k < k_; ++k) {
-        const char* scales = panel + l.scale_offset(k / l.group);
-        const code_place from = place_of(l, k, column);
-        const bool four_bits = l.format.kind == format::int4 || l.format.kind == format::mxfp4;
-        const unsigned byte = static_cast<unsigned char>(panel[from.byte]);
-        const unsigned code = four_bits ? byte >> from.shift & 15u : byte;
-        const int zero = l.format.zero_points ? static_cast<unsigned char>(scales[2 * panel_columns + column]) : 8;
-        const float x = code_value(l.format, code, zero) * get_scale(l.format.scale, scales, column);
-        out[static_cast<std::ptrdiff_t>(k) * target.stride_k] = element<To>::put(x);
-      }
+    with_codes(l.format.kind, [&](auto kind) {
+      for_columns(expert, [&](std::ptrdiff_t n, const char* panel, int column) {
+        out_type* out = row(n);
+        for (std::size_t g = 0; g * l.group < k_; ++g) {
+          const char *codes = panel + l.code_offset(g * l.group), *scales = panel + l.scale_offset(g);
+          const int zero = l.format.zero_points ? static_cast<unsigned char>(scales[2 * panel_columns + column]) : 8;
+          const float scale = get_scale(l.format.scale, scales, column);
+          const std::size_t count = std::min(l.group, k_ - g * l.group);
+          for (std::size_t k = 0; k < count; ++k, out += target.stride_k)
+            *out = element<To>::put(code_value(l.format, get_code<kind()>(codes, k, column), zero) * scale);
+        }
+      });
     });
   });
 }
