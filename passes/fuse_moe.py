@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ktcompile.graph.regions import MoeRegion, find_regions
+from ktcompile.graph.regions import MoeRegion, find_regions, is_moe
 from ktcompile.graph.report import CompileReport
 from ktcompile.log import warn_once
 
@@ -28,7 +28,7 @@ def fuse_moe(gm: fx.GraphModule, example_inputs: Sequence[object], report: Compi
         else:
             _replace(gm, region)
             fused += 1
-    report.moe_fused = sum(n.target is torch.ops.kt.experts.default for n in gm.graph.nodes)
+    report.moe_fused = sum(is_moe(n) for n in gm.graph.nodes)
     return fused
 
 

@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from ktcompile.quant import ALIASES, FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -80,9 +83,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--weight-format",
-        choices=("auto", "fp32", "fp16", "bf16"),
+        choices=("auto", *ALIASES, *FORMATS),
         default="auto",
-        help="how the experts' weights are stored (default: auto, as in the model)",
+        help="how the experts' weights are stored (default: auto, as in the model; a checkpoint that is quantised "
+        "stays as it is)",
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=_COMPILE_HELP)
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens at most (default: %(default)s)")
@@ -147,11 +151,12 @@ def _set_torch_threads(model: PreTrainedModel) -> None:
 
 
 def _load(args: argparse.Namespace) -> tuple[str, Any, PreTrainedModel]:
-    """Return the model's name, its tokenizer and the model, with its experts packed unless it is to be compiled."""
+    """Return the model's name, its tokenizer and the model, with its experts packed unless it is to be compiled.
+    Experts that are stored quantised are packed in any case."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
-    from ktcompile.models import checkpoint, hf_experts, tiny_model
+    from ktcompile.models import checkpoint, hf_experts, quantized, tiny_model
 
     hf_logging.set_verbosity(logging.ERROR)
     name = checkpoint.locate(args.model or tiny_model.path())
@@ -160,11 +165,16 @@ def _load(args: argparse.Namespace) -> tuple[str, Any, PreTrainedModel]:
     with _progress(shown=not args.quiet) as progress:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **experts)
+            model: Any
+            if quantized.reader_of(name) is None:
+                model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **experts)
+            else:
+                model = quantized.load(name, args.weight_format, partial(progress.track, description="Packing experts"))
         except OSError as error:
             raise FileNotFoundError(f"cannot load the model {name}: {error}") from error
         modules = hf_experts.configure(model, args.weight_format)
-        if not modules and args.weight_format != "auto":
+        packed = any(hf_experts.is_packed(module) for module in model.modules())
+        if not modules and not packed and args.weight_format != "auto":
             raise ValueError(f"{name} has no experts that could be stored in {args.weight_format}")
         if not args.compile:
             for module in progress.track(modules, description="Packing experts"):

@@ -13,6 +13,8 @@ from ktcompile.graph.experts import describe
 from ktcompile.graph.owners import ParameterOwners
 from ktcompile.ops.spec import ExpertsSpec
 
+_OPERATORS = ("kt.experts.default", "kt.moe.default", "kt.fp8_experts.default")
+
 
 @dataclass(frozen=True, slots=True)
 class MoeRegion:
@@ -32,15 +34,20 @@ class MoeRegion:
 
 def find_regions(gm: fx.GraphModule, example_inputs: Sequence[object]) -> list[MoeRegion | str]:
     """Return each experts module's region, or the reason why it is left as it is. Modules that already call
-    `kt::experts` are not among them."""
+    an operator of ours are not among them."""
     owners = ParameterOwners()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = dict(zip(placeholders, example_inputs, strict=True))
     return [
         _region(path, cls, nodes, values, owners)
         for (path, cls), nodes in _group(gm).items()
-        if not any(n.target is torch.ops.kt.experts.default for n in nodes)
+        if not any(is_moe(n) for n in nodes)
     ]
+
+
+def is_moe(node: fx.Node) -> bool:
+    """Return whether a node runs all experts of a layer on the kernels."""
+    return str(node.target) in _OPERATORS
 
 
 def _group(gm: fx.GraphModule) -> dict[tuple[str, type], list[fx.Node]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -40,6 +43,41 @@ def check(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or was not fully copied: {error}") from error
+
+
+class Shards(Mapping[str, Tensor]):
+    """The tensors of a model's safetensors files, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the files. Errors as for `check`; ValueError also if they are of another kind."""
+        check(folder)
+        self._files: dict[str, Path] = {}
+        self._open: dict[Path, Any] = {}
+        for file in _weight_files(folder):
+            self._open[file] = safe_open(file, "pt")
+            self._files.update(dict.fromkeys(self._open[file].keys(), file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._open[self._files[name]].get_tensor(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def file(self, name: str) -> Path:
+        """Return the file of a tensor, or the first with one whose name begins so. KeyError: there is none."""
+        if name in self._files:
+            return self._files[name]
+        for stored, file in self._files.items():
+            if stored.startswith(name):
+                return file
+        raise KeyError(name)
 
 
 def _weight_files(folder: Path) -> list[Path]:

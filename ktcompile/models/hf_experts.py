@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +13,15 @@ from torch import nn
 
 from ktcompile.graph.experts import describe
 from ktcompile.log import warn_once
+from ktcompile.models.fp8_experts import Fp8Weights, fp8_experts
+from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
 from ktcompile.quant import check_format
 from ktcompile.runtime.take import take_weights
 
 NAME = "kt"
+_HANDLE = "packed_experts"  # the buffer that `adopt` adds
 
 
 def register() -> None:
@@ -37,12 +42,15 @@ def configure(model: nn.Module, weight_format: str) -> list[nn.Module]:
     """Have the experts of `model` stored in `weight_format`, and return the modules that the kernels run.
 
     weight_format: as for `ktcompile.ops.pack_experts`. It holds for the implementation "kt"; a compiled model has
-    an option of the backend. ValueError: there is no such format.
+    an option of the backend. Modules whose weights are quantised already are left as they are. ValueError: there is
+    no such format.
     """
     check_format(weight_format)
     configured = []
     for module in model.modules():
         if not hasattr(module, "has_gate"):  # set by transformers' decorator of experts classes
+            continue
+        if is_packed(module) or _holds_codes(module):
             continue
         spec, names, reason = _facts(module)
         if not reason:
@@ -63,6 +71,30 @@ def take(module: nn.Module) -> None:
     take_weights(expert_store(), module, weights, ExpertsSpec.decode(spec))
 
 
+def adopt(module: nn.Module, packed: PackedExperts) -> None:
+    """Have the implementation "kt" run a module's experts from `packed`, which alone holds their weights.
+
+    The parameters keep their shape and read as NaN, so that a use by other code shows; they take no memory. state_dict
+    returns the weights, dequantised. load_state_dict needs assign=True, after which the assigned weights are used.
+    """
+    names = _facts(module)[1][:2]
+    for name in names:
+        assert name is not None
+        old = getattr(module, name)
+        setattr(module, name, _absent(torch.full((), torch.nan, dtype=old.dtype), old.shape))
+    # A buffer is an input of a compiled graph, where another handle can be passed.
+    module.register_buffer(_HANDLE, packed.handle, persistent=False)
+    module.register_state_dict_post_hook(_unpack)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_refuse_copies)  # type: ignore[no-untyped-call]
+    module._apply = partial(_apply, module)  # type: ignore[method-assign]
+    _adopted[module] = packed
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Return whether the module's weights exist only packed, by `adopt`."""
+    return _HANDLE in module._buffers and _is_absent(module.down_proj)  # type: ignore[arg-type]
+
+
 def experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -70,23 +102,40 @@ def experts_forward(
 
     hidden_states: [T, H]. top_k_index, top_k_weights: [T, K].
     """
+    result: torch.Tensor
+    if is_packed(module):
+        result = torch.ops.kt.moe.default(hidden_states, top_k_index, top_k_weights, getattr(module, _HANDLE))
+        return result
     spec, names, reason = _facts(module)
     if not reason and torch.is_grad_enabled() and (hidden_states.requires_grad or _is_trained(module)):
         reason = "gradients are enabled; the fused experts only run forward, under torch.no_grad()"
     if reason:
         return _stock(module, hidden_states, top_k_index, top_k_weights, reason)
     weights = [None if name is None else getattr(module, name) for name in names]
-    result: torch.Tensor = torch.ops.kt.experts(hidden_states, top_k_index, top_k_weights, *weights, spec)
+    result = torch.ops.kt.experts.default(hidden_states, top_k_index, top_k_weights, *weights, spec)
     return result
 
 
-def fp8_experts_forward(module: Any, *args: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """Return the experts' output of an FP8 checkpoint, from transformers' own grouped_mm."""
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+def fp8_experts_forward(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the output of transformers' `FP8Experts`, [T, H], from the kernels, or from grouped_mm where they cannot
+    run it.
 
-    _log(f"{type(module).__name__}: FP8 experts are left to the stock implementation")
-    result: torch.Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *args, **kwargs)
-    return result
+    The weights are packed at the first call as they are stored; the module keeps its own, too (`quantized.load` does
+    not). Only weights are in fp8: hidden states are not quantised, as transformers does for both activation schemes,
+    so that the result is nearer to that of exact arithmetic than the stock one is.
+    """
+    spec, names, reason = _facts(module)
+    if reason:
+        return _stock_fp8(module, hidden_states, top_k_index, top_k_weights, reason)
+    weights = Fp8Weights(*(getattr(module, f"{name}{part}") for name in names[:2] for part in ("", "_scale_inv")))
+    return fp8_experts(hidden_states, top_k_index, top_k_weights, weights, module.block_size, spec)
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    weight = getattr(module, "down_proj", None)
+    return isinstance(weight, torch.Tensor) and weight.element_size() == 1
 
 
 def _is_trained(module: nn.Module) -> bool:
@@ -102,11 +151,63 @@ def _stock(module: nn.Module, *args: Any) -> torch.Tensor:
     return result
 
 
+def _stock_fp8(module: nn.Module, *args: Any) -> torch.Tensor:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+    *inputs, reason = args
+    _log(f"{type(module).__name__} is left to the stock implementation: {reason}")
+    result: torch.Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *inputs)
+    return result
+
+
+def _absent(value: torch.Tensor, shape: torch.Size) -> nn.Parameter:
+    """Return a parameter all elements of which are the one of `value`."""
+    return nn.Parameter(value.expand(shape), requires_grad=False)
+
+
+def _is_absent(weight: torch.Tensor) -> bool:
+    return not any(weight.stride())
+
+
+def _apply(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """Convert a module as nn.Module does, for example to another dtype, but of absent weights the one element, since
+    the result would have all of them in memory."""
+    absent = {n: p for n, p in module._parameters.items() if p is not None and _is_absent(p)}
+    for name in absent:
+        del module._parameters[name]
+    type(module)._apply(module, function, recurse)  # type: ignore[no-untyped-call]
+    for name, parameter in absent.items():
+        module.register_parameter(name, _absent(function(parameter.detach()[0, 0, 0]), parameter.shape))
+    return module
+
+
+def _unpack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """Put the dequantised weights in the place of the NaN. A state_dict hook."""
+    packed = _adopted.get(module)
+    names = [f"{prefix}{name}" for name in _facts(module)[1][:2]]
+    if packed is None or not all(_is_absent(state[name]) for name in names):
+        return
+    transposed = [state[name].mT if module.is_transposed else state[name] for name in names]
+    tensors = [torch.empty(t.shape, dtype=t.dtype) for t in transposed]
+    packed.unpack_into(tensors[0], tensors[1])
+    for name, tensor in zip(names, tensors, strict=True):
+        state[name] = tensor.mT.contiguous() if module.is_transposed else tensor
+
+
+def _refuse_copies(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+    """Report that there is nothing to copy weights into. A load_state_dict hook."""
+    names = [f"{prefix}{name}" for name in _facts(module)[1][:2]]
+    if is_packed(module) and not metadata.get("assign_to_params_buffers") and any(name in state for name in names):
+        _, _, _, errors = args
+        errors.append(f"{' and '.join(names)} exist only packed; use load_state_dict with assign=True")
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _log(message: str) -> None:
     warn_once(message)
 
 
+_adopted: weakref.WeakKeyDictionary[nn.Module, PackedExperts] = weakref.WeakKeyDictionary()
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[str, tuple[str | None, ...], str]] = weakref.WeakKeyDictionary()
 
 

@@ -14,6 +14,15 @@ from ktcompile.quant.stored import read_awq, read_fp8, read_gptq, read_mxfp4, re
 
 Config = Mapping[str, Any]
 
+# What a name ends with after that of a layer, and after that of a parameter. Of the activations' scales nothing is
+# read: weights alone are quantised here.
+_LAYER_PARTS = (
+    *("weight", "weight_scale_inv", "weight_scale", "scale"),
+    *("qweight", "qzeros", "scales", "g_idx"),
+    *("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    *("input_scale", "input_zero_point", "activation_scale"),
+)
+_PARAMETER_PARTS = ("_blocks", "_scales", "_scale_inv", "_activation_scale", "")
 _PLAIN_SOURCE = "use the model's checkpoint that is not quantised, with the option weight_format"
 
 
@@ -45,6 +54,21 @@ def detect(config: Config) -> Reader | None:
     return _READERS[method](quantization)
 
 
+def parameters(reader: Reader, tensors: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """Return the names of the parameters that a checkpoint stands for, each with the name of its weight for `reader`,
+    or with None where it is stored as it is."""
+    found: dict[str, str | None] = {}
+    for stored in tensors:
+        layer, _, part = stored.rpartition(".")
+        if part in _LAYER_PARTS and reader.reads(tensors, layer):
+            found[f"{layer}.weight"] = layer
+            continue
+        wholes = [stored.removesuffix(part) for part in _PARAMETER_PARTS if stored.endswith(part)]
+        whole = next((name for name in wholes if reader.reads(tensors, name)), None)
+        found[whole or stored] = whole
+    return found
+
+
 def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Return weights [N, K] as one [E, N, K]. ValueError: they differ in format or shape."""
     return _combined(weights, torch.stack, 0)
@@ -54,6 +78,27 @@ def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Return weights with their rows one after another, as gate and up. ValueError: they differ in format or
     columns."""
     return _combined(weights, torch.cat, -2)
+
+
+def place_rows(weights: list[QuantizedWeight], places: Sequence[Tensor], shape: tuple[int, int]) -> QuantizedWeight:
+    """Return weights [..., N, K] as one [E, N, K].
+
+    places: for each row of a weight the row of the result, counted over all experts. shape: (E, N). weights: is
+    emptied, each when it was copied, so that all of them are in memory about once. ValueError: they differ in format
+    or columns.
+    """
+    _check_alike(weights, {w.shape[-1] for w in weights})
+    first, matrices = weights[0], (w.shape[:-1].numel() for w in weights)
+    assert sum(matrices) == shape[0] * shape[1]
+    codes, scales = (torch.empty(*shape, t.shape[-1], dtype=t.dtype) for t in (first.codes, first.scales))
+    zeros = None if first.zeros is None else torch.empty(scales.shape, dtype=first.zeros.dtype)
+    weights.reverse()
+    for rows in places:
+        weight = weights.pop()
+        for whole, part in ((codes, weight.codes), (scales, weight.scales), (zeros, weight.zeros)):
+            if whole is not None and part is not None:
+                whole.view(-1, whole.shape[-1]).index_copy_(0, rows, part.reshape(-1, part.shape[-1]))
+    return QuantizedWeight(first.format, codes, scales, zeros)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,13 +369,7 @@ def _missing(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def _combined(weights: Sequence[QuantizedWeight], combine: Any, dim: int) -> QuantizedWeight:
-    formats = {w.format.name for w in weights}
-    shapes = {tuple(w.shape) if dim == 0 else (*w.shape[:-2], w.shape[-1]) for w in weights}
-    if len(formats) != 1 or len(shapes) != 1:
-        raise ValueError(
-            f"weights of formats {', '.join(sorted(formats))} and shapes {[list(w.shape) for w in weights]} "
-            "cannot be one weight"
-        )
+    _check_alike(weights, {tuple(w.shape) if dim == 0 else (*w.shape[:-2], w.shape[-1]) for w in weights})
     zeros = [w.zeros for w in weights if w.zeros is not None]
     return QuantizedWeight(
         weights[0].format,
@@ -338,3 +377,13 @@ def _combined(weights: Sequence[QuantizedWeight], combine: Any, dim: int) -> Qua
         combine([w.scales for w in weights], dim),
         combine(zeros, dim) if zeros else None,
     )
+
+
+def _check_alike(weights: Sequence[QuantizedWeight], shapes: set[Any]) -> None:
+    formats = {w.format.name for w in weights}
+    if len(formats) != 1 or len(shapes) != 1:
+        distinct = sorted({tuple(w.shape) for w in weights})
+        raise ValueError(
+            f"weights of formats {', '.join(sorted(formats))} and shapes {[list(shape) for shape in distinct]} "
+            "cannot be one weight"
+        )
