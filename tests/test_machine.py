@@ -11,6 +11,11 @@ from helpers.processes import run_python
 from ktcompile import _native
 from ktcompile.machine import Machine, check_isa, machine
 
+# What runs on any CPU, best first; the second is never chosen by itself.
+EVERYWHERE = ("scalar", "amx_emu")
+# The same bits but for AMX, so that the faster may be taken, by measurement.
+SAME_ARITHMETIC = {"avx512_bf16", "avx512_vnni"}
+
 
 @pytest.fixture
 def machine_with(monkeypatch):
@@ -29,7 +34,7 @@ def machine_with(monkeypatch):
 
 def test_facts_are_plausible(machine_with):
     m = machine_with()
-    assert m.cpu and m.isas[-1] == "scalar" and m.isa in m.isas
+    assert m.cpu and set(EVERYWHERE) <= set(m.isas) and m.isa in m.isas
     assert 1 <= m.cores <= m.cpus == len(os.sched_getaffinity(0))
     assert m.numa_nodes >= 1 and m.memory_bytes > 2**28
     assert set(m.isas) <= set(_native.isas())
@@ -62,8 +67,7 @@ def test_numa_nodes(tmp_path, monkeypatch, has_memory, cpulists, cpus, nodes):
 
 def test_the_best_isa_is_chosen(machine_with):
     m = machine_with()
-    same_arithmetic = {"avx512", "avx512_bf16"}  # the faster of the two, by measurement
-    assert m.isa == m.isas[0] or {m.isa, m.isas[0]} <= same_arithmetic
+    assert m.isa == m.isas[0] or {m.isa, m.isas[0]} == SAME_ARITHMETIC
 
 
 def test_each_isa_can_be_forced(machine_with):
@@ -78,12 +82,25 @@ def test_an_unknown_isa(machine_with):
 
 def test_an_isa_that_the_machine_lacks(machine_with):
     hidden = ",".join(f"-{name}" for name in _native.cpu_features())
-    assert machine_with(features=hidden).isas == ("scalar",)
-    for isa in set(_native.isas()) - {"scalar"}:
-        with pytest.raises(ValueError, match=f"ISA '{isa}' does not run on this machine, which has scalar"):
+    assert machine_with(features=hidden).isas == EVERYWHERE
+    assert machine_with(features=hidden).isa == "scalar"
+    for isa in set(_native.isas()) - set(EVERYWHERE):
+        with pytest.raises(ValueError, match=f"ISA '{isa}' does not run on this machine, which has scalar, amx_emu"):
             machine_with(isa=isa, features=hidden)
         with pytest.raises(ValueError, match=f"'{isa}'"):
-            check_isa(isa, ("scalar",))
+            check_isa(isa, EVERYWHERE)
+
+
+NEEDED_BY = {
+    "avx2": {"avx2", "avx2_vnni"},
+    "avx_vnni": {"avx2_vnni"},
+    "avx512": {"avx512", "avx512_vnni", "avx512_bf16", "amx"},
+    "avx512_vnni": {"avx512_vnni", "avx512_bf16", "amx"},
+    "avx512_vbmi": {"avx512_bf16", "amx"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx_bf16": {"amx"},
+    "amx_int8": {"amx"},
+}
 
 
 def test_hidden_features_hide_their_isas(machine_with):
@@ -92,8 +109,9 @@ def test_hidden_features_hide_their_isas(machine_with):
         rest = machine_with(features=f"-{feature}")
         assert rest.features == tuple(f for f in whole.features if f != feature)
         assert set(rest.isas) <= set(whole.isas)
-    if "avx512" in whole.isas:
-        assert not {"avx512", "avx512_bf16"} & set(machine_with(features="-avx512").isas)
+    for feature, isas in NEEDED_BY.items():
+        if feature in whole.features:
+            assert set(whole.isas) - set(machine_with(features=f"-{feature}").isas) == isas & set(whole.isas), feature
 
 
 def test_a_feature_that_is_there_can_be_added(machine_with):
@@ -115,11 +133,13 @@ def test_an_unknown_feature(machine_with, change):
 
 
 def test_selection_takes_features_alone():
-    assert _native.select_isa([]) == "scalar" and _native.isas_for([]) == ["scalar"]
-    assert "avx2" in _native.isas_for(["avx2"]) and "avx512" not in _native.isas_for(["avx2"])
+    assert _native.select_isa([]) == "scalar" and tuple(_native.isas_for([])) == EVERYWHERE
+    assert _native.isas_for(["avx2"]) == ["avx2", *EVERYWHERE]
+    assert _native.isas_for(["avx2", "avx_vnni"]) == ["avx2_vnni", "avx2", *EVERYWHERE]
     assert "avx512_bf16" not in _native.isas_for(["avx512"]) and "avx512_bf16" not in _native.isas_for(["avx512_bf16"])
-    if "avx2" in _native.cpu_features():
-        assert _native.select_isa(["avx2"]) == "avx2"
+    for features in (["avx2"], ["avx2", "avx_vnni"], ["avx2", "avx512"], ["avx2", "avx512", "avx512_vnni"]):
+        if set(features) <= set(_native.cpu_features()):
+            assert _native.select_isa(features) == features[-1].replace("avx_vnni", "avx2_vnni")
 
 
 PROGRAM = """
@@ -134,14 +154,19 @@ print(experts.isa, ",".join(machine().isas), out.float().double().sum().item(), 
 
 @pytest.mark.skipif("avx512" not in machine().isas, reason="needs an ISA to hide")
 def test_variables_reach_the_kernels():
-    assert run_python(PROGRAM, env={"KTCOMPILE_ISA": "scalar"}).split()[0] == "scalar"
-    isa, isas, *_ = run_python(PROGRAM, env={"KTCOMPILE_FEATURES": "-avx512"}).split()
-    assert isa == "avx2" and isas == "avx2,scalar"
+    isa, _, *numbers = run_python(PROGRAM, env={"KTCOMPILE_ISA": "scalar"}).split()
+    assert isa == "scalar"
+    hidden = "-amx_bf16"
+    for feature in ("avx512_bf16", "avx512_vnni", "avx512"):
+        hidden += f",-{feature}"
+        rest = [i for i in machine().isas if not any(i in NEEDED_BY[f] for f in re.findall(r"\w+", hidden))]
+        isa, isas, *same = run_python(PROGRAM, env={"KTCOMPILE_FEATURES": hidden}).split()
+        assert isa == rest[0] and isas == ",".join(rest) and same == numbers
 
 
 @pytest.mark.skipif(not _native.executes(["avx512_bf16"]), reason="this CPU does not execute AVX512-BF16")
 def test_a_feature_that_the_cpu_hides_can_be_added_and_gives_the_same_bits():
     variables = {"KTCOMPILE_FEATURES": "+avx512_bf16", "KTCOMPILE_ISA": "avx512_bf16"}
     isa, isas, *numbers = run_python(PROGRAM, env=variables).split()
-    assert isa == "avx512_bf16" and isas.startswith("avx512_bf16,avx512,")
+    assert isa == "avx512_bf16" and "avx512_bf16,avx512_vnni,avx512," in isas
     assert run_python(PROGRAM, env={"KTCOMPILE_ISA": "scalar"}).split()[2:] == numbers
