@@ -52,6 +52,7 @@ class WeightFormat:
         if weight.dim() < 2 or weight.dtype not in _BY_DTYPE:
             allowed = ", ".join(str(d) for d in _BY_DTYPE)
             raise ValueError(f"{what} is {list(weight.shape)} of {weight.dtype}; it must be [..., N, K] of {allowed}")
+        weight = weight.detach()
         shape = (*weight.shape[:-1], _ceil_div(weight.shape[-1], self.group_size or weight.shape[-1]))
         codes = torch.empty(weight.shape, dtype=self.codec.code_dtype)
         scales = torch.empty(shape)
