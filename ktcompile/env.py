@@ -16,12 +16,15 @@ class Environment:
         executes but does not report (some hypervisors hide them).
     num_threads: KTCOMPILE_NUM_THREADS.
     dump_graphs: KTCOMPILE_DUMP_GRAPHS, a directory for the graphs before and after each pass.
+    self_check: KTCOMPILE_SELF_CHECK, 0 or 1 (which it is without): whether experts are compared with plain torch when
+        they are packed and when they are first called.
     """
 
     isa: str | None
     features: tuple[str, ...]
     num_threads: int | None
     dump_graphs: Path | None
+    self_check: bool
 
 
 def read() -> Environment:
@@ -34,9 +37,13 @@ def read() -> Environment:
         if feature[0] not in "+-":
             raise ValueError(f"KTCOMPILE_FEATURES has {feature!r}; write +{feature} to add or -{feature} to hide it")
     dump = os.environ.get("KTCOMPILE_DUMP_GRAPHS")
+    check = os.environ.get("KTCOMPILE_SELF_CHECK", "")
+    if check not in ("", "0", "1"):
+        raise ValueError(f"KTCOMPILE_SELF_CHECK is {check!r}; it must be 0 or 1")
     return Environment(
         isa=os.environ.get("KTCOMPILE_ISA") or None,
         features=features,
         num_threads=int(threads) if threads else None,
         dump_graphs=Path(dump) if dump else None,
+        self_check=check != "0",
     )

@@ -12,12 +12,12 @@ from ktcompile import env
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in ("ISA", "FEATURES", "NUM_THREADS", "DUMP_GRAPHS"):
+    for name in ("ISA", "FEATURES", "NUM_THREADS", "DUMP_GRAPHS", "SELF_CHECK"):
         monkeypatch.delenv(f"KTCOMPILE_{name}", raising=False)
 
 
 def test_nothing_is_set():
-    assert env.read() == env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None)
+    assert env.read() == env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None, self_check=True)
 
 
 def test_each_variable(monkeypatch):
@@ -25,13 +25,14 @@ def test_each_variable(monkeypatch):
     monkeypatch.setenv("KTCOMPILE_FEATURES", " -avx512, +avx512_bf16,, ")
     monkeypatch.setenv("KTCOMPILE_NUM_THREADS", "12")
     monkeypatch.setenv("KTCOMPILE_DUMP_GRAPHS", "some/where")
-    assert env.read() == env.Environment("avx2", ("-avx512", "+avx512_bf16"), 12, Path("some/where"))
+    monkeypatch.setenv("KTCOMPILE_SELF_CHECK", "0")
+    assert env.read() == env.Environment("avx2", ("-avx512", "+avx512_bf16"), 12, Path("some/where"), False)
 
 
 def test_empty_variables_are_not_set(monkeypatch):
-    for name in ("ISA", "FEATURES", "DUMP_GRAPHS"):
+    for name in ("ISA", "FEATURES", "DUMP_GRAPHS", "SELF_CHECK"):
         monkeypatch.setenv(f"KTCOMPILE_{name}", "")
-    assert env.read() == env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None)
+    assert env.read() == env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None, self_check=True)
 
 
 def test_variables_are_read_anew_each_time(monkeypatch):
@@ -50,4 +51,11 @@ def test_a_number_of_threads_that_is_none(monkeypatch, value):
 def test_a_feature_without_a_sign(monkeypatch):
     monkeypatch.setenv("KTCOMPILE_FEATURES", "-avx512,avx2")
     with pytest.raises(ValueError, match=re.escape("KTCOMPILE_FEATURES has 'avx2'; write +avx2")):
+        env.read()
+
+
+@pytest.mark.parametrize("value", ["no", "off", "2", " ", "true"])
+def test_a_self_check_that_is_neither_on_nor_off(monkeypatch, value):
+    monkeypatch.setenv("KTCOMPILE_SELF_CHECK", value)
+    with pytest.raises(ValueError, match=re.escape(f"KTCOMPILE_SELF_CHECK is {value!r}; it must be 0 or 1")):
         env.read()

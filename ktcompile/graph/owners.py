@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from ktcompile.ops.modules import alive_modules
 
 
 class Owner(NamedTuple):
@@ -25,8 +26,7 @@ class ParameterOwners:
         """Return the owner, or None. A parameter that several modules share has the first of them."""
         if self._owners is None:
             self._owners = {}
-            for candidate in gc.get_objects():
-                if issubclass(type(candidate), nn.Module) and "_parameters" in vars(candidate):
-                    for name, value in candidate._parameters.items():
-                        self._owners.setdefault(id(value), Owner(candidate, name))
+            for candidate in alive_modules():
+                for name, value in candidate._parameters.items():
+                    self._owners.setdefault(id(value), Owner(candidate, name))
         return self._owners.get(id(parameter))

@@ -3,6 +3,7 @@
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe
+from ktcompile.ops.self_check import SelfCheckError
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads, set_num_threads
 
@@ -11,6 +12,7 @@ __all__ = [
     "ExpertsSpec",
     "PackedExperts",
     "PackedLinear",
+    "SelfCheckError",
     "get_num_threads",
     "linear",
     "moe",

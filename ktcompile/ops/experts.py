@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ktcompile import _native
+from ktcompile import _native, env
 from ktcompile.machine import check_isa, machine
+from ktcompile.ops.self_check import FirstCall, PackingCheck
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads
 from ktcompile.ops.weights import Weight, native_format, quantized_address
@@ -28,6 +29,8 @@ class PackedExperts:
 
     num_experts, hidden_size, intermediate_size: of the layer. format: how weights are stored. isa: whose
     kernels run. nbytes: memory that it holds. handle: int64 [1], what stands for it in graphs of `kt::moe`.
+    number: of this layer, in the order of packing. name: of the module, for messages; "" is looked up when one is
+    needed. first_call: what checks the first call, None once it has.
     """
 
     def __init__(
@@ -37,9 +40,10 @@ class PackedExperts:
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         spec: ExpertsSpec,
+        name: str = "",
     ) -> None:
         shape = _check_weights(gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
-        self.spec = spec
+        self.spec, self.name, self.number = spec, name, next(_numbers)
         self.num_experts, self.hidden_size, self.intermediate_size = shape
         self.format = _format_of(gate_up_proj, down_proj, spec)
         self.isa = check_isa(spec.isa, machine().isas) if spec.isa else machine().isa
@@ -53,12 +57,13 @@ class PackedExperts:
             spec.activation.limit,
             _native.numa_nodes(),
         )
-        self._pack(gate_up_proj, down_proj)
+        self.handle = torch.tensor([self.number], dtype=torch.int64)
+        checks = env.read().self_check
+        self._pack(gate_up_proj, down_proj, PackingCheck(self, gate_up_proj, down_proj) if checks else None)
         if gate_up_bias is not None and down_bias is not None:
             self._pack_bias(gate_up_bias, down_bias)
-        number = next(_numbers)
-        self.handle = torch.tensor([number], dtype=torch.int64)
-        _alive[number] = self
+        self.first_call = FirstCall(gate_up_proj, (gate_up_bias, down_bias)) if checks else None
+        _alive[self.number] = self
 
     @property
     def nbytes(self) -> int:
@@ -67,17 +72,36 @@ class PackedExperts:
     def unpack_into(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
         """Write the weights, dequantised, into tensors of the shapes that they were packed from."""
         _check_weights(gate_up_proj, down_proj, None, None, self.spec)
-        self._each_expert(lambda e: self.native.unpack(e, *self._places(gate_up_proj, down_proj)))
+        places = self._places(gate_up_proj, down_proj)
+        self._each_expert(lambda e: self.native.unpack(e, *places), range(self.num_experts))
 
-    def _pack(self, gate_up: Weight, down: Weight) -> None:
+    def unpack(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gate_up_proj [2I, H], or [I, H], and down_proj [H, I] of one expert, dequantised, in fp32."""
+        rows = self.intermediate_size * (2 if self.spec.activation.gated else 1)
+        shapes = ((rows, self.hidden_size), (self.hidden_size, self.intermediate_size))
+        gate_up, down = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
+        places = (gate_up.data_ptr(), (0, *gate_up.stride()), down.data_ptr(), (0, *down.stride()))
+        self.native.unpack(expert, *places, _native.DType.f32)  # type: ignore[arg-type]
+        return gate_up, down
+
+    def _pack(self, gate_up: Weight, down: Weight, check: PackingCheck | None) -> None:
+        pack = self._packing(gate_up, down)
+
+        def work(expert: int) -> None:
+            pack(expert)
+            if check is not None:
+                check(expert)
+
+        self._each_expert(work, check.order() if check else range(self.num_experts))
+
+    def _packing(self, gate_up: Weight, down: Weight) -> Callable[[int], None]:
+        """Return what packs one expert."""
         if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
             if self.format.codec is None:
-                self._each_expert(lambda e: self.native.pack(e, *self._places(gate_up, down)))
-            else:
-                self._each_expert(lambda e: self._quantize(e, gate_up, down))
-        else:
-            places = [quantized_address(w) for w in (gate_up, down) if isinstance(w, QuantizedWeight)]
-            self._each_expert(lambda e: self.native.pack_quantized(e, *places))
+                return lambda e: self.native.pack(e, *self._places(gate_up, down))
+            return lambda e: self._quantize(e, gate_up, down)
+        places = [quantized_address(w) for w in (gate_up, down) if isinstance(w, QuantizedWeight)]
+        return lambda e: self.native.pack_quantized(e, *places)
 
     def _quantize(self, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         names = (f"gate_up_proj of expert {expert}", f"down_proj of expert {expert}")
@@ -95,9 +119,9 @@ class PackedExperts:
         dtype = native_dtype(gate_up.dtype, "gate_up_proj")
         return gate_up.data_ptr(), strides[0], down.data_ptr(), strides[1], dtype
 
-    def _each_expert(self, work: Callable[[int], None]) -> None:
+    def _each_expert(self, work: Callable[[int], None], order: Sequence[int]) -> None:
         with ThreadPoolExecutor(get_num_threads()) as pool:
-            list(pool.map(work, range(self.num_experts)))
+            list(pool.map(work, order))
 
     def _pack_bias(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         dtype = native_dtype(gate_up.dtype, "gate_up_bias")
@@ -122,6 +146,7 @@ def pack_experts(
     *,
     interleaved: bool = False,
     transposed: bool = False,
+    name: str = "",
 ) -> PackedExperts:
     """Return the experts of one MoE layer, packed for `ktcompile.ops.moe`.
 
@@ -132,12 +157,13 @@ def pack_experts(
     weight_format: "auto" keeps the dtype or the format of the source; else a name of `ktcompile.quant.FORMATS`.
     activation: a name, or an `Activation` with its parameters.
     gate_up_bias, down_bias: [E, 2I] in the order of gate_up_proj, and [E, H]; both or none.
-    isa: instruction set of the kernels; None is the best of this machine.
+    isa: instruction set of the kernels; None is the best of this machine. name: of the layer, for messages.
     The tensors are read, not kept. ValueError: a shape, dtype, format, activation or ISA cannot be used.
+    SelfCheckError: what was packed is not what was given.
     """
     act = Activation(activation) if isinstance(activation, str) else activation
     spec = ExpertsSpec(act, interleaved, transposed, weight_format, isa)
-    return PackedExperts(gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
+    return PackedExperts(gate_up_proj, down_proj, gate_up_bias, down_bias, spec, name)
 
 
 def from_handle(handle: torch.Tensor) -> PackedExperts:

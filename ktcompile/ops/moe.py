@@ -33,7 +33,7 @@ def moe(
     hidden_states: [T, H], fp32, fp16 or bf16, T may be 0. topk_ids: [T, K] int64 or int32; ids of num_experts
     or more are skipped. topk_weights: [T, K], fp32, fp16 or bf16, finite.
     Row t depends on row t of the arguments alone, bit for bit, whatever the other rows and the number of threads.
-    ValueError: a shape, dtype or value cannot be used.
+    ValueError: a shape, dtype or value cannot be used. SelfCheckError: the first call found the kernels wrong.
     """
     result: torch.Tensor = torch.ops.kt.moe(hidden_states, topk_ids, topk_weights, experts.handle)
     return result
@@ -45,6 +45,12 @@ def run(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, expe
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
+    if experts.first_call is not None:
+        experts.first_call.check(experts, x_TH, ids_TK, _launch)
+    return _launch(x_TH, ids_TK, weights_TK, experts)
+
+
+def _launch(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     tokens, top_k = ids_TK.shape
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     native_threads().context().moe(

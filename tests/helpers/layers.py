@@ -46,9 +46,14 @@ class Layer:
 
     def reference(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return the right result in fp64, with the weights as they are after packing."""
-        stored = resolve_format(self.spec.weight_format, self.gate_up.dtype).round_trip
-        biases = (self.gate_up_bias, self.down_bias)
-        return reference.moe(x_TH, ids_TK, weights_TK, stored(self.gate_up), stored(self.down), self.spec, *biases)
+        weight_format = resolve_format(self.spec.weight_format, self.gate_up.dtype)
+
+        def stored(weight: Tensor) -> Tensor:
+            """Formats group the input features, which are the last dimension but of transposed weights."""
+            return weight_format.round_trip(weight.mT).mT if self.spec.transposed else weight_format.round_trip(weight)
+
+        weights = (stored(self.gate_up), stored(self.down), self.spec, self.gate_up_bias, self.down_bias)
+        return reference.moe(x_TH, ids_TK, weights_TK, *weights, reference.rows_of(weight_format))
 
 
 def random_layer(
