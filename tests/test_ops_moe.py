@@ -11,7 +11,7 @@ import threading
 
 import pytest
 import torch
-from helpers.compare import assert_exact, assert_reduction, assert_rounding
+from helpers.compare import assert_exact, assert_reduction, assert_rounding, relative_error
 from helpers.layers import DTYPES, EXPERTS, HIDDEN, INTERMEDIATE, random_inputs, random_layer
 from helpers.processes import run_python
 
@@ -54,7 +54,11 @@ def test_results_are_those_of_the_reference(isa, weight_format, dtype):
         )
         inputs = random_inputs(7, dtype, seed=n)
         what = f"{activation}, interleaved {interleaved}, transposed {transposed}"
-        assert_reduction(ops.moe(*inputs, layer.pack(isa)), layer.reference(*inputs), what)
+        got, wanted = ops.moe(*inputs, layer.pack(isa)), layer.reference(*inputs)
+        if weight_format == "int8_dyn":  # a code may round to its neighbour for a last bit in the rows
+            assert relative_error(got, wanted) < 1e-2, what
+        else:
+            assert_reduction(got, wanted, what)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 33, 17), (5, 2, 1), (3, 1, 40), (64, 16, 8)], ids=str)

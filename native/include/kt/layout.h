@@ -37,6 +37,7 @@ constexpr bool is_float(format f) { return f == format::f32 || f == format::f16 
 // Whether the weights that a kernel multiplies are bf16 numbers.
 constexpr bool in_bf16(format f) { return f != format::f32 && f != format::f16 && f != format::int8_dyn; }
 
+// Inlined without fail: a copy that one instruction set compiled must not serve another.
 struct panel_layout {
   weight_format format;
   std::size_t k = 0;      // padded
@@ -47,11 +48,11 @@ struct panel_layout {
       : format(f), k(padded(f.kind, features)), group(f.group ? f.group : k) {}
 
   // AMX takes K in steps of 64 bytes of activations.
-  static constexpr std::size_t padded(kt::format f, std::size_t k) {
+  [[gnu::always_inline]] static constexpr std::size_t padded(kt::format f, std::size_t k) {
     const std::size_t step = f == kt::format::int8_dyn ? 64 : 32;
     return (k + step - 1) / step * step;
   }
-  std::size_t code_bytes(std::size_t count) const {
+  [[gnu::always_inline]] std::size_t code_bytes(std::size_t count) const {
     switch (format.kind) {
       case kt::format::f32: return count * panel_columns * 4;
       case kt::format::f16:
@@ -61,18 +62,24 @@ struct panel_layout {
       default: return count * panel_columns;
     }
   }
-  std::size_t scale_bytes() const {  // of one group, with its zero points or column sums
+  [[gnu::always_inline]] std::size_t scale_bytes() const {  // of one group, with its zero points or column sums
     constexpr std::size_t sizes[] = {0, 4, 2, 2, 1};
     const std::size_t extra = format.kind == kt::format::int8_dyn ? 4 : format.zero_points ? 1 : 0;
     return panel_columns * (sizes[static_cast<int>(format.scale)] + extra);
   }
-  std::size_t groups() const { return (k + group - 1) / group; }
+  [[gnu::always_inline]] std::size_t groups() const { return (k + group - 1) / group; }
   // Where the codes of k begin.
-  std::size_t code_offset(std::size_t at) const { return code_bytes(at) + at / group * scale_bytes(); }
-  std::size_t group_size(std::size_t g) const { return g + 1 < groups() ? group : k - g * group; }
+  [[gnu::always_inline]] std::size_t code_offset(std::size_t at) const {
+    return code_bytes(at) + at / group * scale_bytes();
+  }
+  [[gnu::always_inline]] std::size_t group_size(std::size_t g) const {
+    return g + 1 < groups() ? group : k - g * group;
+  }
   // Where the scales of group g begin; its zero points or column sums (int32, times 128) follow.
-  std::size_t scale_offset(std::size_t g) const { return code_bytes(g * group + group_size(g)) + g * scale_bytes(); }
-  std::size_t bytes() const { return code_bytes(k) + groups() * scale_bytes(); }
+  [[gnu::always_inline]] std::size_t scale_offset(std::size_t g) const {
+    return code_bytes(g * group + group_size(g)) + g * scale_bytes();
+  }
+  [[gnu::always_inline]] std::size_t bytes() const { return code_bytes(k) + groups() * scale_bytes(); }
 };
 
 }  // namespace kt
