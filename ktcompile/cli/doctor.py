@@ -217,11 +217,9 @@ def _check_table(diagnosis: Diagnosis) -> Table:
     from rich import box
     from rich.table import Table
 
-    formats = list(dict.fromkeys(c.weight_format for c in diagnosis.checks))
-    table = Table("kernels", *formats, box=box.SIMPLE)
-    for isa in dict.fromkeys(c.isa for c in diagnosis.checks):
-        checks = [[c for c in diagnosis.checks if (c.isa, c.weight_format) == (isa, f)] for f in formats]
-        table.add_row(isa, *(_summary(c) for c in checks))
+    table = Table("ISA", "format", "kernels", box=box.SIMPLE)
+    for isa, name in dict.fromkeys((c.isa, c.weight_format) for c in diagnosis.checks):
+        table.add_row(isa, name, _summary([c for c in diagnosis.checks if (c.isa, c.weight_format) == (isa, name)]))
     return table
 
 
