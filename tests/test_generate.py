@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from helpers.compare import relative_error
 from helpers.text_model import build_model, byte_fallback_tokenizer, byte_level_tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -126,8 +127,11 @@ def test_the_configured_weight_format_is_the_one_that_runs(weight_format):
                 parameter.copy_(FORMATS[weight_format].round_trip(parameter))
     rounded.set_experts_implementation("kt")
     ids = torch.tensor([PROMPT_IDS])
+    # int8_dyn rounds activations, too; with scales, sums are in another order.
+    allowed = {"int8_dyn": 0.05}.get(weight_format, 0 if FORMATS[weight_format].codec is None else 1e-5)
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, rounded(ids).logits)
+        wanted, got = rounded(ids).logits, model(ids).logits
+    assert relative_error(got, wanted) <= allowed
 
     before = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
     for module in modules:
@@ -137,13 +141,13 @@ def test_the_configured_weight_format_is_the_one_that_runs(weight_format):
         assert expert_store().is_taken(weights, spec)
         assert expert_store().get(weights, spec).format.name == weight_format
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, rounded(ids).logits)
+        assert torch.equal(model(ids).logits, got)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
 def test_configure_refuses_an_unknown_format():
-    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be auto or one of fp32"):
+    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of auto, int4, fp32"):
         hf_experts.configure(build_model(), "int3")
 
 
