@@ -44,16 +44,17 @@ class Layer:
             transposed=self.spec.transposed,
         )
 
+    def stored(self, weight: Tensor) -> Tensor:
+        """Return `gate_up` or `down` as it is after packing, in fp32."""
+        round_trip = resolve_format(self.spec.weight_format, weight.dtype).round_trip
+        # Formats group the input features, which are the last dimension but of transposed weights.
+        return round_trip(weight.mT).mT if self.spec.transposed else round_trip(weight)
+
     def reference(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return the right result in fp64, with the weights as they are after packing."""
-        weight_format = resolve_format(self.spec.weight_format, self.gate_up.dtype)
-
-        def stored(weight: Tensor) -> Tensor:
-            """Formats group the input features, which are the last dimension but of transposed weights."""
-            return weight_format.round_trip(weight.mT).mT if self.spec.transposed else weight_format.round_trip(weight)
-
-        weights = (stored(self.gate_up), stored(self.down), self.spec, self.gate_up_bias, self.down_bias)
-        return reference.moe(x_TH, ids_TK, weights_TK, *weights, reference.rows_of(weight_format))
+        rows = reference.rows_of(resolve_format(self.spec.weight_format, self.gate_up.dtype))
+        weights = (self.stored(self.gate_up), self.stored(self.down), self.spec, self.gate_up_bias, self.down_bias)
+        return reference.moe(x_TH, ids_TK, weights_TK, *weights, rows)
 
 
 def random_layer(
