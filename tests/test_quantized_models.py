@@ -195,6 +195,20 @@ def test_layers_that_were_left_out_are_plain(tmp_path):
     assert relative_error(logits(model), logits(stock)) < 5e-6
 
 
+def test_tensors_that_the_model_lacks_are_not_read(tmp_path):
+    """As those of DeepSeek's layer for several tokens at once, and of scales of a cache."""
+    KINDS["fp8 of all layers"].write(tmp_path)
+    wanted = logits(quantized.load(tmp_path))
+
+    def add(tensors):
+        names = [n for n in tensors if n.startswith("model.layers.2.")]
+        tensors.update({n.replace(".2.", ".3.", 1): torch.zeros(3, dtype=tensors[n].dtype) for n in names})
+        tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+
+    rewrite(tmp_path, add)
+    assert_exact(logits(quantized.load(tmp_path)), wanted)
+
+
 def test_a_truncated_shard(tmp_path):
     KINDS["awq"].write(tmp_path)
     file = tmp_path / SECOND

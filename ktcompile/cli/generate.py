@@ -176,7 +176,7 @@ def _load(args: argparse.Namespace) -> tuple[str, Any, PreTrainedModel]:
         packed = any(hf_experts.is_packed(module) for module in model.modules())
         if not modules and not packed and args.weight_format != "auto":
             raise ValueError(f"{name} has no experts that could be stored in {args.weight_format}")
-        if not args.compile:
+        if modules and not args.compile:
             for module in progress.track(modules, description="Packing experts"):
                 hf_experts.take(module)
     return name, tokenizer, model
