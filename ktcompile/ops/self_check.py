@@ -19,6 +19,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -175,46 +176,35 @@ class FirstCall:
         ones = torch.ones(len(x_RH), 1, dtype=torch.float32, device="cpu")
         got_RH = kernels(x_RH, ids, ones, packed).double()
         rows = _spread(len(x_RH), _REFERENCE_ROWS)
-        wanted_RH, scale_R, slack_R = self._expected(packed, expert, x_RH[rows])
-        got_RH, limit = got_RH[rows], torch.finfo(x_RH.dtype)
-        usable_RH = wanted_RH.abs() <= limit.max / 2  # what is larger may be infinite in the rows' dtype
-        got_RH, wanted_RH = got_RH.where(usable_RH, 0), wanted_RH.where(usable_RH, 0)
-        scale_R = scale_R + wanted_RH.norm(dim=1)
-        usable_R = scale_R <= _HUGE
-        floor = math.sqrt(wanted_RH.shape[1]) * max(limit.smallest_normal * limit.eps, _TINY)
-        error_R = (got_RH - wanted_RH).norm(dim=1)
-        allowed_R = _ALLOWED[x_RH.dtype] * scale_R + slack_R + floor
-        wrong_R = usable_R & ~(error_R <= allowed_R)
-        if wrong_R.any():
-            r = int(wrong_R.nonzero()[0])
-            column = int((got_RH[r] - wanted_RH[r]).nan_to_num(torch.inf).abs().argmax())
-            values = (float(got_RH[r, column]), float(wanted_RH[r, column]))
-            relative = (float(error_R[r] / scale_R[r]), float(allowed_R[r] / scale_R[r]))
-            label, at = layer_label(packed, self._source_tensor()), (int(tokens[rows[r]]), column)
-            raise SelfCheckError(_wrong_output(packed, label, expert, at, values, relative))
-        return bool(usable_R.any())
+        expected = self._expected(packed, expert, x_RH[rows])
+        difference_RH, relative_R, allowed_R = expected.compare(got_RH[rows], x_RH.dtype)
+        for r, error, allowed in zip(itertools.count(), relative_R.tolist(), allowed_R.tolist(), strict=False):
+            if not error <= allowed:  # NaN is not
+                column = int(difference_RH[r].abs().nan_to_num(torch.inf).argmax())
+                got, wanted = float(got_RH[rows[r], column]), float(expected.rows[r, column])
+                raise SelfCheckError(
+                    f"{layer_label(packed, self._source_tensor())}: expert {expert} on {packed.isa} with "
+                    f"{packed.format.name} weights gives {got:.8g} at token {int(tokens[rows[r]])}, column {column}; "
+                    f"plain torch gives {wanted:.8g} with the same weights. The row's relative error is {error:.2g}, "
+                    f"allowed is {allowed:.2g}. Results of these kernels cannot be trusted here: run `ktc doctor`"
+                    f"{_advice(packed.isa)}, and please report it. {_OFF}"
+                )
+        return bool((allowed_R < torch.inf).any())
 
-    def _expected(
-        self, packed: PackedExperts, expert: int, x_RH: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return an expert's output in fp64, what the error of each row is relative to, and what else it may be.
-
-        The scale is the size of an output whose activation lets everything pass: rounding before the activation is
-        of that size, however little of it the activation leaves.
-        """
+    def _expected(self, packed: PackedExperts, expert: int, x_RH: torch.Tensor) -> _Expected:
         gate_up, down = packed.unpack(expert)
         rows, spec = reference.rows_of(packed.format), packed.spec
         biases = [None if b is None else b[expert] for b in self._biases]
         first = reference.linear(rows(x_RH), gate_up, biases[0])
         hidden_RI = reference.activate(first, spec.activation, spec.interleaved)
         parts = [rows(part) for part in torch.split(hidden_RI, _slice_sizes(packed), 1)]
-        out_RH = reference.linear(torch.cat(parts, 1), down, biases[1])
+        wanted_RH = reference.linear(torch.cat(parts, 1), down, biases[1])
         passing_R = _without_cutoff(first, spec.activation, spec.interleaved).norm(dim=1)
         scale_R = passing_R * float(torch.linalg.vector_norm(down)) / math.sqrt(down.shape[1])
         slack_R = torch.zeros_like(scale_R)
         if packed.format.layout == "int8_dyn":  # two of the activated values may be rounded to the next code
             slack_R = hidden_RI.abs().amax(1) * (2 / 127) * float(torch.linalg.vector_norm(down, dim=0).max())
-        return out_RH, scale_R, slack_R
+        return _Expected(wanted_RH, scale_R, slack_R)
 
     def _source_tensor(self) -> torch.Tensor | None:
         return None if self._source is None else self._source()
@@ -228,22 +218,37 @@ def layer_label(packed: PackedExperts, source: torch.Tensor | None) -> str:
     return f"self-check of {name} ({sizes})"
 
 
-def _wrong_output(
-    packed: PackedExperts,
-    label: str,
-    expert: int,
-    at: tuple[int, int],
-    values: tuple[float, float],
-    relative: tuple[float, float],
-) -> str:
-    others = [isa for isa in machine().isas if isa != packed.isa]
-    advice = f"set KTCOMPILE_ISA={others[0]}, " if others else ""
-    return (
-        f"{label}: expert {expert} on {packed.isa} with {packed.format.name} weights gives {values[0]:.8g} at "
-        f"token {at[0]}, column {at[1]}; plain torch gives {values[1]:.8g} with the same weights. The row's relative "
-        f"error is {relative[0]:.2g}, allowed is {relative[1]:.2g}. Results of these kernels cannot be trusted here: "
-        f"run `ktc doctor`, {advice}and please report it. {_OFF}"
-    )
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What an expert ought to give, in fp64: rows [R, H].
+
+    scales: [R], the size of a row whose activation lets everything pass. Rounding before the activation is of that
+    size, however little the activation leaves. slack: [R], an error that is allowed beside the relative one.
+    """
+
+    rows: torch.Tensor
+    scales: torch.Tensor
+    slack: torch.Tensor
+
+    def compare(self, got_RH: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what is wrong, and for each row the relative error and the one that is allowed.
+
+        Values that may be infinite in `dtype` are not compared. Infinitely much is allowed where sums may overflow.
+        """
+        limit = torch.finfo(dtype)
+        usable_RH = self.rows.abs() <= limit.max / 2
+        difference_RH = (got_RH - self.rows).where(usable_RH, 0)
+        scale_R = self.scales + self.rows.where(usable_RH, 0).norm(dim=1) + _TINY
+        floor = math.sqrt(self.rows.shape[1]) * max(limit.smallest_normal * limit.eps, _TINY)
+        allowed_R = _ALLOWED[dtype] + (self.slack + floor) / scale_R
+        can_overflow_R = ~(scale_R <= _HUGE)  # so does NaN
+        relative_R = (difference_RH.norm(dim=1) / scale_R).masked_fill(can_overflow_R, 0)
+        return difference_RH, relative_R, allowed_R.masked_fill(can_overflow_R, torch.inf)
+
+
+def _advice(isa: str) -> str:
+    others = [other for other in machine().isas if other != isa]
+    return f", set KTCOMPILE_ISA={others[0]}" if others else ""
 
 
 def _other_value(stored_NC: torch.Tensor, wanted_NC: torch.Tensor) -> tuple[int, int] | None:
@@ -258,22 +263,29 @@ def _worst_weight(
     stored_NC: torch.Tensor, source_NC: torch.Tensor, weight_format: WeightFormat
 ) -> tuple[int, int] | None:
     """Return where the weight is that is farthest off, or None if all are within the rounding of their format."""
+    share_NG = _shares(stored_NC, source_NC, weight_format)
+    if bool((share_NG <= 1).all()):  # NaN compares as false
+        return None
+    row, group = divmod(int(share_NG.nan_to_num(torch.inf).argmax()), share_NG.shape[1])
+    size = weight_format.group_size or source_NC.shape[1]
+    begin = group * size
+    error_S = (stored_NC - source_NC)[row, begin : begin + size].abs()
+    return row, begin + int(error_S.nan_to_num(torch.inf).argmax())
+
+
+def _shares(stored_NC: torch.Tensor, source_NC: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+    """Return the error of each group as a share of what is allowed, [N, G]."""
     size = weight_format.group_size or source_NC.shape[1]
     error_NGS, source_NGS = (_grouped(w, size) for w in (stored_NC - source_NC, source_NC))
-    low_NG1, high_NG1 = source_NGS.aminmax(dim=2, keepdim=True)
-    largest_NG1 = torch.maximum(high_NG1, -low_NG1)
-    floor = float(largest_NG1.max()) * _LOST + _TINY
+    low_NG, high_NG = source_NGS.aminmax(dim=2)
+    largest_NG = torch.maximum(high_NG, -low_NG)
+    floor = float(largest_NG.max()) * _LOST + _TINY
     if weight_format.layout in _ROUNDING:
-        error_NG1 = torch.linalg.vector_norm(error_NGS, torch.inf, 2, keepdim=True)
-        allowed_NG1 = _ROUNDING[weight_format.layout] * largest_NG1 + floor
+        share, error_NG = _ROUNDING[weight_format.layout], torch.linalg.vector_norm(error_NGS, torch.inf, 2)
     else:
-        error_NG1 = torch.linalg.vector_norm(error_NGS, 2, 2, keepdim=True) / math.sqrt(size)
-        allowed_NG1 = _GROUP_ROUNDING[weight_format.layout] * largest_NG1 + floor
-    if bool((error_NG1 <= allowed_NG1).all()):  # NaN compares as false
-        return None
-    share = (error_NG1 / allowed_NG1).nan_to_num(torch.inf)
-    row, group = divmod(int(share.argmax()), share.shape[1])
-    return row, group * size + int(error_NGS[row, group].abs().nan_to_num(torch.inf).argmax())
+        share = _GROUP_ROUNDING[weight_format.layout]
+        error_NG = torch.linalg.vector_norm(error_NGS, 2, 2) / math.sqrt(size)
+    return torch.div(error_NG, share * largest_NG + floor)
 
 
 def _grouped(weight_NC: torch.Tensor, size: int) -> torch.Tensor:

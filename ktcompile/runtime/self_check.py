@@ -26,11 +26,13 @@ ACTIVATIONS = (
     Activation("swigluoai", alpha=1.702, limit=0.7),
     *(Activation(kind, gated=False) for kind in _GATED),
 )
+# One format for each way to multiply and store activated rows: fp32, bf16 and int8.
+_ROW_KINDS = ("fp32", "bf16", "int8_dyn")
 QUICK_ACTIVATIONS = (Activation("silu"), Activation("swigluoai", alpha=1.702, limit=0.7))
 
-# By the dtype of the hidden states: it decides how outputs are rounded, and how intermediates may be.
 # A code of int8_dyn may round to its neighbour for a last bit in the rows.
 _CODE_STEP = 1e-2
+# By the dtype of the hidden states: it decides how outputs are rounded, and how intermediates may be.
 _BUDGETS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -75,13 +77,17 @@ def check_kernels(
 ) -> Iterator[KernelCheck]:
     """Yield one record for each ISA, weight format, dtype of the hidden states and activation.
 
-    isas: None is every one that runs on this machine.
+    isas: None is every one that runs on this machine. activations: all of them for the formats that differ in how
+    they multiply and store activated rows, those of `QUICK_ACTIVATIONS` for the others.
     """
-    for weight_format, dtype, activation in itertools.product(FORMATS.values(), _BUDGETS, activations):
-        with _one_torch_thread():
-            case = _Case(weight_format, dtype, activation)
-        for isa in machine().isas if isas is None else isas:
-            yield case.check(isa)
+    for weight_format in FORMATS.values():
+        some = activations if weight_format.name in _ROW_KINDS else [a for a in activations if a in QUICK_ACTIVATIONS]
+        layers = [_Layer(weight_format, activation) for activation in some]
+        for dtype, layer in itertools.product(_BUDGETS, layers):
+            with _one_torch_thread():
+                case = _Case(layer, dtype)
+            for isa in machine().isas if isas is None else isas:
+                yield case.check(isa)
 
 
 def describe(activation: Activation) -> str:
@@ -90,52 +96,67 @@ def describe(activation: Activation) -> str:
     return f"{name} (limit {activation.limit:g})" if activation.limit else name
 
 
+class _Layer:
+    """A layer, which is packed once: all instruction sets read the same."""
+
+    def __init__(self, weight_format: WeightFormat, activation: Activation) -> None:
+        self.format, self.activation = weight_format, activation
+        generator = torch.Generator().manual_seed(0)
+        rows = INTERMEDIATE_SIZE * (2 if activation.gated else 1)
+        gate_up = torch.randn(NUM_EXPERTS, rows, HIDDEN_SIZE, generator=generator) * HIDDEN_SIZE**-0.5
+        down = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE, generator=generator) * INTERMEDIATE_SIZE**-0.5
+        # Values that the format represents: rounding of weights is not the kernel's error.
+        self.weights = weight_format.round_trip(gate_up), weight_format.round_trip(down)
+        self.biases = (
+            torch.randn(NUM_EXPERTS, rows, generator=generator),
+            torch.randn(NUM_EXPERTS, HIDDEN_SIZE, generator=generator),
+        )
+        self.packed: PackedExperts | None = None
+        self.failure = ""
+        try:
+            self.packed = pack_experts(*self.weights, weight_format.name, activation, *self.biases)
+        except (RuntimeError, ValueError) as raised:
+            self.failure = str(raised)
+
+
 class _Case:
     """Inputs and right outputs, which are the same for every ISA."""
 
-    def __init__(self, weight_format: WeightFormat, dtype: torch.dtype, activation: Activation) -> None:
-        self._format, self._dtype, self._activation = weight_format, dtype, activation
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator)
-
-        rows = INTERMEDIATE_SIZE * (2 if activation.gated else 1)
-        gate_up = normal(NUM_EXPERTS, rows, HIDDEN_SIZE) * HIDDEN_SIZE**-0.5
-        down = normal(NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE) * INTERMEDIATE_SIZE**-0.5
-        # Values that the format represents: rounding of weights is not the kernel's error.
-        self._weights = weight_format.round_trip(gate_up), weight_format.round_trip(down)
-        self._biases = normal(NUM_EXPERTS, rows), normal(NUM_EXPERTS, HIDDEN_SIZE)
+    def __init__(self, layer: _Layer, dtype: torch.dtype) -> None:
+        self._layer, self._dtype = layer, dtype
+        generator = torch.Generator().manual_seed(1)
         self._inputs, self._wanted = [], []
-        spec = ExpertsSpec(activation)
+        (gate_up, down), biases, spec = layer.weights, layer.biases, ExpertsSpec(layer.activation)
+        rows = reference.rows_of(layer.format)
         for tokens in TOKENS:
-            x_TH = normal(tokens, HIDDEN_SIZE).to(dtype)
+            x_TH = torch.randn(tokens, HIDDEN_SIZE, generator=generator).to(dtype)
             ids_TK = torch.rand(tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].contiguous()
-            weights_TK = normal(tokens, TOP_K).softmax(1)
-            self._inputs.append((x_TH, ids_TK, weights_TK))
-            rows = reference.rows_of(weight_format)
-            wanted_TH = reference.moe(x_TH, ids_TK, weights_TK, *self._weights, spec, *self._biases, rows)
-            self._wanted.append(wanted_TH)
+            weights_TK = torch.randn(tokens, TOP_K, generator=generator).softmax(1)
+            inputs = (x_TH, ids_TK, weights_TK)
+            self._inputs.append(inputs)
+            self._wanted.append(reference.moe(*inputs, gate_up, down, spec, *biases, rows))
 
     def check(self, isa: str) -> KernelCheck:
-        error, rows_equal, failure = 0.0, True, ""
+        error, rows_equal, failure = 0.0, True, self._layer.failure
+        experts = self._layer.packed
         try:
-            experts = pack_experts(*self._weights, self._format.name, self._activation, *self._biases, isa=isa)
-            for inputs, wanted_TH in zip(self._inputs, self._wanted, strict=True):
-                got_TH = moe(*inputs, experts)
-                # NaN must win, which max() does not promise.
-                new = float((got_TH.double() - wanted_TH).norm() / wanted_TH.norm())
-                error = new if not new <= error else error
-                rows_equal &= _rows_alone_are_equal(inputs, got_TH, experts)
+            if experts is not None:
+                experts.isa = isa
+                for inputs, wanted_TH in zip(self._inputs, self._wanted, strict=True):
+                    got_TH = moe(*inputs, experts)
+                    # NaN must win, which max() does not promise.
+                    new = float((got_TH.double() - wanted_TH).norm() / wanted_TH.norm())
+                    error = new if not new <= error else error
+                    rows_equal &= _rows_alone_are_equal(inputs, got_TH, experts)
         except (RuntimeError, ValueError) as raised:
             failure = str(raised)
         return KernelCheck(
             isa,
-            self._format.name,
+            self._layer.format.name,
             str(self._dtype).removeprefix("torch."),
-            describe(self._activation),
+            describe(self._layer.activation),
             error,
-            max(_BUDGETS[self._dtype], _CODE_STEP if self._format.layout == "int8_dyn" else 0),
+            max(_BUDGETS[self._dtype], _CODE_STEP if self._layer.format.layout == "int8_dyn" else 0),
             rows_equal,
             failure,
         )
