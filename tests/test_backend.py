@@ -18,6 +18,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 import ktcompile
 from ktcompile.graph import report
 from ktcompile.ops.store import expert_store
+from ktcompile.quant import FORMATS
 
 EAGER = {"inner": "eager"}
 
@@ -315,11 +316,31 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_weight_format_option() -> None:
-    model = make_model()
-    compiled = torch.compile(model, backend="kt", options={**EAGER, "weight_format": "bf16"})
-    error = relative_error(logits(compiled, ids(9)), logits(model, ids(9)))
-    assert 1e-5 < error < 2e-2
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_weight_format_option(weight_format: str) -> None:
+    model, rounded, name = make_model(), make_model(), weight_format
+    plain = logits(model, ids(9))
+    for layer in rounded.model.layers:
+        for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+            weight.data = FORMATS[name].round_trip(weight.data)
+    state = {k: v.clone() for k, v in rounded.state_dict().items()}
+    compiled = torch.compile(model, backend="kt", options={**EAGER, "weight_format": name, "weights": "take"})
+    got = logits(compiled, ids(9))
+    error = relative_error(got, logits(rounded, ids(9)))
+    assert error < (0.05 if name == "int8_dyn" else 1e-5)  # it quantises rows too
+    assert relative_error(got, plain) < 2 * FORMATS[name].error_budget or name == "fp32"
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), "weights were taken, and come back"
+    assert ktcompile.compile_reports()[0].moe_fused == 2
+
+
+def test_int4_is_a_name_of_a_format() -> None:
+    results = []
+    for name in ("int4", "int4_g32"):
+        torch._dynamo.reset()
+        results.append(
+            logits(torch.compile(make_model(), backend="kt", options={**EAGER, "weight_format": name}), ids(9))
+        )
+    assert torch.equal(*results)
 
 
 def test_an_unknown_gate_falls_back_with_one_log_line(caplog: pytest.LogCaptureFixture) -> None:

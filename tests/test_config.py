@@ -10,7 +10,7 @@ import pytest
 
 from ktcompile.config import CompileOptions
 from ktcompile.machine import machine
-from ktcompile.quant import FORMATS
+from ktcompile.quant import ALIASES, FORMATS
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +78,15 @@ def test_an_unknown_option_without_a_suggestion():
     assert all(f.name in str(caught.value) for f in dataclasses.fields(CompileOptions))
 
 
+@pytest.mark.parametrize("name", ["auto", *ALIASES, *FORMATS])
+def test_every_format_can_be_asked_for(name):
+    assert CompileOptions.from_mapping({"weight_format": name}).weight_format == name
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("weight_format", "int3", ("auto", *FORMATS)),
+        ("weight_format", "int3", ("auto", *ALIASES, *FORMATS)),
         ("weight_format", None, ("auto", *FORMATS)),
         ("weights", "steal", ("copy", "take")),
         ("inner", "aot", ("inductor", "eager")),

@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from helpers.perplexity import compiled_perplexity, load, perplexity, text_windows
 
 import ktcompile
-from ktcompile.models import tiny_model
+from ktcompile.quant import FORMATS
 
-WINDOW = 512
+# By how much perplexity may rise, relative; measured is about half of it.
+MORE_PERPLEXITY = {
+    "fp32": 1e-5,
+    "fp16": 1e-5,
+    "bf16": 1e-4,
+    "int8": 1e-4,
+    "int8_dyn": 1e-4,
+    "int4_g32": 0.006,
+    "int4_g64": 0.006,
+    "int4_g128": 0.01,
+    "int4_g32_zp": 0.006,
+    "int4_g64_zp": 0.006,
+    "int4_g128_zp": 0.01,
+    "fp8": 0.001,
+    "fp8_channel": 0.001,
+    "mxfp4": 0.014,
+}
 
 
 @pytest.fixture(scope="module")
 def windows() -> torch.Tensor:
     """The evaluation text in windows, [N, 512]."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path())
-    ids = tokenizer((tiny_model.path() / "eval.txt").read_text(), return_tensors="pt").input_ids[0]
-    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-
-
-def load(dtype: torch.dtype, implementation: str = "grouped_mm") -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model.path(), dtype=dtype, experts_implementation=implementation)
-    return model.eval()
-
-
-@torch.no_grad()
-def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
-    losses = []
-    for ids in windows:
-        logits = model(ids[None], use_cache=False).logits[0, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
-    return math.exp(sum(losses) / len(losses))
+    return text_windows()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backend_keeps_the_perplexity(dtype: torch.dtype, windows: torch.Tensor) -> None:
     model = load(dtype)
     stock = perplexity(model, windows)
-    torch._dynamo.reset()
-    ours = perplexity(torch.compile(model, backend="kt", options={"inner": "eager"}), windows)
+    ours = compiled_perplexity(model, windows)
     report = ktcompile.compile_reports()[-1]
     assert report.moe_fused == report.moe_found == model.config.num_hidden_layers
     assert ours == pytest.approx(stock, rel=1e-3)
     assert stock < 25  # the text is one that it has learnt to predict
+
+
+@pytest.mark.slow
+def test_formats_keep_the_perplexity(windows: torch.Tensor) -> None:
+    model = load(torch.float32)
+    stock = perplexity(model, windows)
+    more = {name: compiled_perplexity(model, windows, name) / stock - 1 for name in FORMATS}
+    assert all(abs(more[name]) < MORE_PERPLEXITY[name] for name in FORMATS), more
+    # Fewer bits cost more, by far.
+    assert max(abs(more["int8"]), abs(more["fp8"])) < min(more["int4_g32"], more["int4_g32_zp"])
+    assert more["int4_g32"] < more["int4_g128"] < more["mxfp4"]
 
 
 def test_routing_differs_from_layer_to_layer(windows: torch.Tensor) -> None:

@@ -1,0 +1,59 @@
+"""Perplexity of the model that ships with the package, on the text that it was not trained on, or for every format:
+
+python -m helpers.perplexity    (in tests/) prints a table for the README
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ktcompile.models import tiny_model
+from ktcompile.quant import FORMATS
+
+WINDOW = 512
+
+
+def text_windows() -> torch.Tensor:
+    """Return the evaluation text in windows, [N, 512]."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model.path())
+    ids = tokenizer((tiny_model.path() / "eval.txt").read_text(), return_tensors="pt", verbose=False).input_ids[0]
+    return ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+
+
+def load(dtype: torch.dtype) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model.path(), dtype=dtype, experts_implementation="grouped_mm")
+    return model.eval()
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    losses = []
+    for ids in windows:
+        logits = model(ids[None], use_cache=False).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]).item())
+    return math.exp(sum(losses) / len(losses))
+
+
+def compiled_perplexity(model: torch.nn.Module, windows: torch.Tensor, weight_format: str = "auto") -> float:
+    """Return the perplexity of a model whose experts run on the kernels."""
+    torch._dynamo.reset()
+    options = {"inner": "eager", "weight_format": weight_format}
+    return perplexity(torch.compile(model, backend="kt", options=options), windows)
+
+
+def main() -> None:
+    model, windows = load(torch.float32), text_windows()
+    stock = perplexity(model, windows)
+    print("| format | bits per weight | perplexity | more than stock |")
+    print("|---|---|---|---|")
+    print(f"| stock, fp32 | 32 | {stock:.3f} | |")
+    for name, weight_format in FORMATS.items():
+        ours = compiled_perplexity(model, windows, name)
+        print(f"| {name} | {8 * weight_format.bytes_per_weight:g} | {ours:.3f} | {ours / stock - 1:+.3%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
