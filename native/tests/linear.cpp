@@ -238,13 +238,13 @@ void test_wide_linear() {
       const kt::row_kernels& kind = f == int8_dyn ? i->kernels->int8_rows : i->kernels->rows;
       const std::size_t k = kt::l2_bytes() / 2 / 128 / kind.bytes * 3 / 2 + 77;
       const bool many = name != "scalar" && (f.kind == format::bf16 || f.group == 32 || f == int8_dyn);
-      linear_case c{f, 140, k, many ? 700u : 37u, type, true, false};
+      linear_case c{f, 250, k, many ? 700u : 37u, type, true, false};
       linear_layer l(c, ++n);
       const kt::packed_weight w = l.pack();
       const std::string label = describe(c) + " [" + i->name + "]";
       const outcome all = checked_run(2, w, *i->kernels, l, 0, c.rows, label);
-      if (!many) compare(l, all, *i, {0, 71, 139}, label);
-      for (std::size_t row : {0, 70, 139})
+      if (!many) compare(l, all, *i, {0, 71, 249}, label);
+      for (std::size_t row : {0, 70, 249})
         same(all, row, run(threads(1), w, *i->kernels, l, l.in, row, 1), 1, l, label + ": a row alone");
       same(all, 0, checked_run(5, w, *i->kernels, l, 0, c.rows, label), c.rows, l, label + " on 5 threads");
     }
