@@ -318,7 +318,7 @@ def test_bad_options_are_named(options: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_weight_format_option(weight_format: str) -> None:
-    model, rounded, name = make_model(), make_model(), weight_format
+    model, rounded, name = make_model(num_hidden_layers=1), make_model(num_hidden_layers=1), weight_format
     plain = logits(model, ids(9))
     for layer in rounded.model.layers:
         for weight in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
@@ -330,7 +330,7 @@ def test_weight_format_option(weight_format: str) -> None:
     assert error < (0.05 if name == "int8_dyn" else 1e-5)  # it quantises rows too
     assert relative_error(got, plain) < 2 * FORMATS[name].error_budget or name == "fp32"
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), "weights were taken, and come back"
-    assert ktcompile.compile_reports()[0].moe_fused == 2
+    assert ktcompile.compile_reports()[0].moe_fused == 1
 
 
 def test_int4_is_a_name_of_a_format() -> None:
