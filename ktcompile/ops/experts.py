@@ -76,12 +76,14 @@ class PackedExperts:
         self._each_expert(lambda e: self.native.unpack(e, *places), range(self.num_experts))
 
     def unpack(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return gate_up_proj [2I, H], or [I, H], and down_proj [H, I] of one expert, dequantised, in fp32."""
+        """Return gate_up_proj [2I, H], or [I, H], and down_proj [H, I] of one expert as they are stored, in fp32 if the
+        format has scales."""
         rows = self.intermediate_size * (2 if self.spec.activation.gated else 1)
         shapes = ((rows, self.hidden_size), (self.hidden_size, self.intermediate_size))
-        gate_up, down = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes)
+        dtype = self.format.storage or torch.float32
+        gate_up, down = (torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes)
         places = (gate_up.data_ptr(), (0, *gate_up.stride()), down.data_ptr(), (0, *down.stride()))
-        self.native.unpack(expert, *places, _native.DType.f32)  # type: ignore[arg-type]
+        self.native.unpack(expert, *places, native_dtype(dtype, "the weight"))  # type: ignore[arg-type]
         return gate_up, down
 
     def _pack(self, gate_up: Weight, down: Weight, check: PackingCheck | None) -> None:

@@ -93,5 +93,9 @@ def _act(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def _quantized_rows(x: torch.Tensor) -> torch.Tensor:
-    codes, scales = quantize_rows(x)
-    return codes.double() * scales.double()
+    """Return what `ktcompile.quant.quantize_rows` defines, with 127 / m as a division in fp32, as in the kernels: torch
+    computes a number over a tensor with the inverse of the tensor, and codes between two integers go the other way."""
+    _, scales = quantize_rows(x)
+    x, largest = x.float(), x.float().abs().amax(-1, keepdim=True)
+    factors = torch.full_like(largest, 127).div_(largest).masked_fill_(scales == 0, 0)
+    return (x * factors).round_().double() * scales.double()

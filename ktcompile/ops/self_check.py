@@ -98,17 +98,17 @@ class PackingCheck:
         step = max(1, _SLICE // stored_NC.shape[1] // _BLOCK_ROWS) * _BLOCK_ROWS
         for begin in range(0, len(stored_NC), step):
             some_NC = stored_NC[begin : begin + step]
-            wanted_NC = _rows_of_expert(weight, expert, slice(begin, begin + step), transposed)
-            if weight_format.storage is not None:
-                wanted_NC = wanted_NC.to(weight_format.storage)
-            wanted_NC = wanted_NC.float()
-            worst = _worst_weight(some_NC, wanted_NC, weight_format) if rounded else _other_value(some_NC, wanted_NC)
-            if worst is not None:
-                values = float(some_NC[worst]), float(wanted_NC[worst])
-                self._fail(what, (begin + worst[0], worst[1]), values, rounded)
+            source_NC = _rows_of_expert(weight, expert, slice(begin, begin + step), transposed).to(some_NC.dtype)
             if rounded:
-                error += float((some_NC - wanted_NC).square().sum())
-                size += float(wanted_NC.square().sum())
+                difference_NC = some_NC - source_NC
+                worst = _worst_weight(difference_NC, source_NC, weight_format)
+                error += float(torch.linalg.vector_norm(difference_NC)) ** 2
+                size += float(torch.linalg.vector_norm(source_NC)) ** 2
+            else:
+                worst = _other_value(some_NC, source_NC)
+            if worst is not None:
+                values = float(some_NC[worst]), float(source_NC[worst])
+                self._fail(what, (begin + worst[0], worst[1]), values, rounded)
         if size and math.sqrt(error / size) > _POOR * weight_format.error_budget:
             warn_once(
                 f"{self._label()}: {weight_format.name} represents {what} with a relative error of "
@@ -200,7 +200,7 @@ class FirstCall:
         parts = [rows(part) for part in torch.split(hidden_RI, _slice_sizes(packed), 1)]
         wanted_RH = reference.linear(torch.cat(parts, 1), down, biases[1])
         passing_R = _without_cutoff(first, spec.activation, spec.interleaved).norm(dim=1)
-        scale_R = passing_R * float(torch.linalg.vector_norm(down)) / math.sqrt(down.shape[1])
+        scale_R = passing_R * float(torch.linalg.vector_norm(down, dtype=torch.float32)) / math.sqrt(down.shape[1])
         slack_R = torch.zeros_like(scale_R)
         if packed.format.layout == "int8_dyn":  # two of the activated values may be rounded to the next code
             slack_R = hidden_RI.abs().amax(1) * (2 / 127) * float(torch.linalg.vector_norm(down, dim=0).max())
@@ -260,31 +260,29 @@ def _other_value(stored_NC: torch.Tensor, wanted_NC: torch.Tensor) -> tuple[int,
 
 
 def _worst_weight(
-    stored_NC: torch.Tensor, source_NC: torch.Tensor, weight_format: WeightFormat
+    difference_NC: torch.Tensor, source_NC: torch.Tensor, weight_format: WeightFormat
 ) -> tuple[int, int] | None:
     """Return where the weight is that is farthest off, or None if all are within the rounding of their format."""
-    share_NG = _shares(stored_NC, source_NC, weight_format)
+    share_NG = _shares(difference_NC, source_NC, weight_format)
     if bool((share_NG <= 1).all()):  # NaN compares as false
         return None
     row, group = divmod(int(share_NG.nan_to_num(torch.inf).argmax()), share_NG.shape[1])
     size = weight_format.group_size or source_NC.shape[1]
     begin = group * size
-    error_S = (stored_NC - source_NC)[row, begin : begin + size].abs()
-    return row, begin + int(error_S.nan_to_num(torch.inf).argmax())
+    return row, begin + int(difference_NC[row, begin : begin + size].abs().nan_to_num(torch.inf).argmax())
 
 
-def _shares(stored_NC: torch.Tensor, source_NC: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
+def _shares(difference_NC: torch.Tensor, source_NC: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
     """Return the error of each group as a share of what is allowed, [N, G]."""
     size = weight_format.group_size or source_NC.shape[1]
-    error_NGS, source_NGS = (_grouped(w, size) for w in (stored_NC - source_NC, source_NC))
-    low_NG, high_NG = source_NGS.aminmax(dim=2)
-    largest_NG = torch.maximum(high_NG, -low_NG)
+    difference_NGS, source_NGS = (_grouped(w, size) for w in (difference_NC, source_NC))
+    largest_NG = source_NGS.abs().amax(2)
     floor = float(largest_NG.max()) * _LOST + _TINY
     if weight_format.layout in _ROUNDING:
-        share, error_NG = _ROUNDING[weight_format.layout], torch.linalg.vector_norm(error_NGS, torch.inf, 2)
+        share, error_NG = _ROUNDING[weight_format.layout], difference_NGS.abs().amax(2)
     else:
         share = _GROUP_ROUNDING[weight_format.layout]
-        error_NG = torch.linalg.vector_norm(error_NGS, 2, 2) / math.sqrt(size)
+        error_NG = torch.linalg.vector_norm(difference_NGS, 2, 2) / math.sqrt(size)
     return torch.div(error_NG, share * largest_NG + floor)
 
 
