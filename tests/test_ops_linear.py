@@ -124,3 +124,8 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             bad()
+
+
+def test_an_alias_names_the_format_of_quantised_weights() -> None:
+    quantized = FORMATS["int4_g32"].quantize(torch.ones(4, 32))
+    assert pack_linear(quantized, weight_format="int4").format.name == "int4_g32"

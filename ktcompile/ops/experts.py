@@ -18,7 +18,7 @@ from ktcompile.ops.self_check import FirstCall, PackingCheck
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads
 from ktcompile.ops.weights import Weight, native_format, quantized_address
-from ktcompile.quant import QuantizedWeight, WeightFormat, native_dtype, resolve_format
+from ktcompile.quant import ALIASES, QuantizedWeight, WeightFormat, native_dtype, resolve_format
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
@@ -183,7 +183,7 @@ def _format_of(gate_up: Weight, down: Weight, spec: ExpertsSpec) -> WeightFormat
     if formats[0] != formats[1]:
         raise ValueError(f"gate_up_proj is {formats[0]} and down_proj is {formats[1]}; they must be of one format")
     assert isinstance(gate_up, QuantizedWeight)
-    if spec.weight_format not in ("auto", gate_up.format.name):
+    if ALIASES.get(spec.weight_format, spec.weight_format) not in ("auto", gate_up.format.name):
         raise ValueError(
             f"weight_format is {spec.weight_format!r}, but the weights are quantised as {gate_up.format.name}; leave "
             'it at "auto"'

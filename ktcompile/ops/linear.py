@@ -15,7 +15,7 @@ from ktcompile.machine import check_isa, machine
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.threads import native_threads
 from ktcompile.ops.weights import Weight, native_format, quantized_address
-from ktcompile.quant import QuantizedWeight, native_dtype, resolve_format
+from ktcompile.quant import ALIASES, QuantizedWeight, native_dtype, resolve_format
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -132,7 +132,10 @@ def _check_weight(weight: Weight, bias: torch.Tensor | None, weight_format: str)
             if tensor.device.type != "cpu":
                 raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU to be packed")
             native_dtype(tensor.dtype, name)
-    if isinstance(weight, QuantizedWeight) and weight_format not in ("auto", weight.format.name):
+    if isinstance(weight, QuantizedWeight) and ALIASES.get(weight_format, weight_format) not in (
+        "auto",
+        weight.format.name,
+    ):
         raise ValueError(
             f"weight_format is {weight_format!r}, but the weight is quantised as {weight.format.name}; leave it at "
             '"auto"'
