@@ -6,7 +6,7 @@
 #include "../kernels/rows.inl"
 #include "../kernels/unpack.inl"
 
-double int8_arithmetic(std::size_t rounds) {
+inline double int8_arithmetic(std::size_t rounds) {
   return arithmetic_chains(rounds, dot::set1(0x01010101), dot::zero(), 8.0 * vec::lanes, [](dot::i32 acc, dot::i32 x) {
     dot::i32 row = x;  // another each time, which meets the same prepared weights
     opaque(row);

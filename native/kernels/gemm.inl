@@ -76,7 +76,7 @@ struct grouped {  // c += scale * sum for each of `groups` groups
 };
 
 // What is fetched while a tile runs: its own weights `distance` bytes ahead, and `lines` of the panel to come for each
-// pair of k.
+// pair or quad of k.
 struct prefetch {
   std::size_t distance = 0;
   const char* next = nullptr;
@@ -144,35 +144,41 @@ void tile_columns(const char* w, const typename Step::a_type* a, std::size_t pai
                              v == 0 ? fetch : prefetch{fetch.distance}, job);
 }
 
+// Functions by number of rows, 1 to `most`, each made by `make` from that number as a compile-time constant.
+template <class Function, int most>
+class functions_by_rows {
+ public:
+  template <class Make>
+  constexpr explicit functions_by_rows(Make make) : by_rows_() {
+    fill<most>(make);
+  }
+  Function operator[](std::size_t rows) const { return by_rows_[rows - 1]; }
+
+ private:
+  template <int M, class Make>
+  constexpr void fill(Make make) {
+    if constexpr (M > 0) {
+      by_rows_[M - 1] = make(std::integral_constant<int, M>{});
+      fill<M - 1>(make);
+    }
+  }
+  Function by_rows_[most + 1];  // `most` may be 0
+};
+
 template <class Step, class Job>
 using tile_function = void (*)(const char*, const typename Step::a_type*, std::size_t, float*, prefetch, const Job&);
 
-// By number of rows, from 1.
-template <class Step, bool Stream, class Job>
-struct tiles_of {
-  tile_function<Step, Job> by_rows[vec::max_rows];
-  constexpr tiles_of() : by_rows() { fill<vec::max_rows>(); }
-
- private:
-  template <int M>
-  constexpr void fill() {
-    if constexpr (M > 0) {
-      by_rows[M - 1] = tile_columns<Step, Stream, Job, M>;
-      fill<M - 1>();
-    }
-  }
-};
-
-// All rows of a job times the pairs at `w`, which begin at k. `a_k` is K of the packed rows.
+// All rows of a job times the pairs at `w`, which begin at k.
 template <class Step, bool Stream, class Job, class Fetch>
 void tile_rows(const gemm_job& job, const char* w, std::size_t k, std::size_t pairs, const Job& what, Fetch fetch) {
-  static constexpr tiles_of<Step, Stream, Job> tiles;
+  static constexpr functions_by_rows<tile_function<Step, Job>, vec::max_rows> tiles(
+      [](auto rows) { return &tile_columns<Step, Stream, Job, rows()>; });
   const tiling<> cut(job.rows);
   const auto* a = static_cast<const typename Step::a_type*>(job.rows_packed);
   for (int t = 0; t < cut.count; ++t) {
     const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
     const auto* tile = a + (begin * job.layout->k + k * rows) / 2 * Step::a_per_row;
-    tiles.by_rows[rows - 1](w, tile, pairs, job.c + begin * panel_columns, fetch(t), what);
+    tiles[rows](w, tile, pairs, job.c + begin * panel_columns, fetch(t), what);
   }
 }
 
@@ -196,17 +202,30 @@ void each_panel(const gemm_job& job) {
   }
 }
 
-// Weights that are multiplied as they lie. The next panel is fetched during the first tile, or half each during the
-// first two.
+// What each tile of a job of `steps` fetches: the next panel comes during the first tile, or half each during the first
+// two.
+class panel_fetch {
+ public:
+  panel_fetch(const gemm_job& job, std::size_t steps) : job_(job), steps_(steps) {
+    const std::size_t lines = job.next ? (part_bytes(job) / 64 + steps - 1) / steps : 0;
+    per_step_ = static_cast<int>(job.rows > vec::max_rows ? (lines + 1) / 2 : lines);
+  }
+  prefetch operator()(int tile) const {
+    if (tile > 1 || !job_.next) return {job_.distance};
+    return {job_.distance, static_cast<const char*>(job_.next) + tile * steps_ * per_step_ * 64, per_step_};
+  }
+
+ private:
+  const gemm_job& job_;
+  const std::size_t steps_;
+  int per_step_;
+};
+
+// Weights that are multiplied as they lie.
 template <class Step>
 void gemm(const gemm_job& job) {
   const std::size_t pairs = (job.k_end - job.k_begin) / 2;
-  const std::size_t lines = job.next ? (part_bytes(job) / 64 + pairs - 1) / pairs : 0;  // per pair
-  const int per_pair = static_cast<int>(job.rows > vec::max_rows ? (lines + 1) / 2 : lines);
-  const auto fetch = [&](int t) {
-    if (t > 1 || !job.next) return prefetch{job.distance};
-    return prefetch{job.distance, static_cast<const char*>(job.next) + t * pairs * per_pair * 64, per_pair};
-  };
+  const panel_fetch fetch(job, pairs);
   tile_rows<Step, true>(job, static_cast<const char*>(job.panel) + job.layout->code_offset(job.k_begin), job.k_begin,
                         pairs, carried{job.k_begin == 0, nullptr}, fetch);
 }

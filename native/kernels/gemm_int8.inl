@@ -36,20 +36,7 @@ void int8_columns(const char* w, const std::uint32_t* a, std::size_t quads, floa
                                v == 0 ? fetch : prefetch{fetch.distance});
 }
 
-template <class Dot, int Unit>
-struct int8_tiles {
-  void (*by_rows[vec::max_rows])(const char*, const std::uint32_t*, std::size_t, float*, bool, prefetch);
-  constexpr int8_tiles() : by_rows() { fill<vec::max_rows>(); }
-
- private:
-  template <int M>
-  constexpr void fill() {
-    if constexpr (M > 0) {
-      by_rows[M - 1] = int8_columns<Dot, Unit, M>;
-      fill<M - 1>();
-    }
-  }
-};
+using int8_function = void (*)(const char*, const std::uint32_t*, std::size_t, float*, bool, prefetch);
 
 // c = (sum - column sum) * (scale of the column * scale of the row), in floats. Rows that are stored as code + 128
 // have sums that are too large by the column sums.
@@ -71,20 +58,17 @@ void scale_int8(const gemm_job& job) {
 
 template <class Dot, int Unit>
 void gemm_int8_dyn(const gemm_job& job) {
-  static constexpr int8_tiles<Dot, Unit> tiles;
+  static constexpr functions_by_rows<int8_function, vec::max_rows> tiles(
+      [](auto rows) { return &int8_columns<Dot, Unit, rows()>; });
   const std::size_t quads = (job.k_end - job.k_begin) / 4;
   const char* w = static_cast<const char*>(job.panel) + job.layout->code_offset(job.k_begin);
   const tiling<> cut(job.rows);
-  const std::size_t lines = job.next ? (part_bytes(job) / 64 + quads - 1) / quads : 0;
-  const int per_quad = static_cast<int>(cut.count > 1 ? (lines + 1) / 2 : lines);
+  const panel_fetch fetch(job, quads);
   for (int t = 0; t < cut.count; ++t) {
     const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
     const auto* a =
         static_cast<const std::uint32_t*>(job.rows_packed) + (begin * job.layout->k + job.k_begin * rows) / 4;
-    prefetch fetch{job.distance};
-    if (t < 2 && job.next)
-      fetch = {job.distance, static_cast<const char*>(job.next) + t * quads * per_quad * 64, per_quad};
-    tiles.by_rows[rows - 1](w, a, quads, job.c + begin * panel_columns, job.k_begin == 0, fetch);
+    tiles[rows](w, a, quads, job.c + begin * panel_columns, job.k_begin == 0, fetch(t));
   }
   if (job.k_end == job.layout->k) scale_int8<Dot>(job);
 }

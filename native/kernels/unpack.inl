@@ -205,47 +205,39 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
   }
 }
 
-// By number of rows, from 1; only as many as keep the sums of all columns in registers.
-template <class Step, format F, bool Zeros, bool Grouped, int Panels>
-struct small_tiles {
-  static constexpr int count() {
-    int most = 0;
-    for (int m = 1; m <= vec::max_rows && vec::tile_vectors(m) == column_vectors; ++m)
-      if (m * column_vectors * Panels <= vec::accumulators) most = m;
-    return most;
-  }
-  void (*by_rows[count() + 1])(const gemm_job&, const typename Step::a_type*, float*);
-  constexpr small_tiles() : by_rows() { fill<count()>(); }
+template <class Step>
+using small_function = void (*)(const gemm_job&, const typename Step::a_type*, float*);
 
- private:
-  template <int M>
-  constexpr void fill() {
-    if constexpr (M > 0) {
-      by_rows[M - 1] = small_tile<Step, F, Zeros, Grouped, M, Panels>;
-      fill<M - 1>();
-    }
-  }
-};
+// Rows that keep the sums of all columns of so many panels in registers, at most.
+constexpr int small_rows(int panels) {
+  int most = 0;
+  for (int m = 1; m <= vec::max_rows && vec::tile_vectors(m) == column_vectors; ++m)
+    if (m * column_vectors * panels <= vec::accumulators) most = m;
+  return most;
+}
 
 // Whether the job was done by such tiles: one, or all where unpacking is free beside the products.
 template <class Step, format F, bool Zeros, bool Grouped>
 bool small_job(const gemm_job& job) {
-  static constexpr small_tiles<Step, F, Zeros, Grouped, 1> one;
-  static constexpr small_tiles<Step, F, Zeros, Grouped, 2> two;
+  constexpr int rows_of_one = small_rows(1), rows_of_two = small_rows(2);
+  static constexpr functions_by_rows<small_function<Step>, rows_of_one> one(
+      [](auto rows) { return &small_tile<Step, F, Zeros, Grouped, rows(), 1>; });
+  static constexpr functions_by_rows<small_function<Step>, rows_of_two> two(
+      [](auto rows) { return &small_tile<Step, F, Zeros, Grouped, rows(), 2>; });
   const auto* a = static_cast<const typename Step::a_type*>(job.rows_packed);
   if (job.panels == 2) {
-    if (job.rows > two.count()) return false;
-    two.by_rows[job.rows - 1](job, a + job.k_begin * job.rows / 2 * Step::a_per_row, job.c);
+    if (job.rows > rows_of_two) return false;
+    two[job.rows](job, a + job.k_begin * job.rows / 2 * Step::a_per_row, job.c);
     return true;
   }
   const tiling<> cut(job.rows);
-  if (one.count() < vec::max_rows ? job.rows > one.count() : cut.count > Step::unpacked_tiles) return false;
+  if (rows_of_one < vec::max_rows ? job.rows > rows_of_one : cut.count > Step::unpacked_tiles) return false;
   gemm_job each = job;
   for (int t = 0; t < cut.count; ++t) {
     const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
     if (t) each.next = nullptr;
-    one.by_rows[rows - 1](each, a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row,
-                          job.c + begin * panel_columns);
+    one[rows](each, a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row,
+              job.c + begin * panel_columns);
   }
   return true;
 }

@@ -1,7 +1,6 @@
 // A linear layer: an item of work is a block of rows and a few panels.
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
 #include "scratch.h"
 
@@ -16,7 +15,7 @@ struct cut {
       : rows(all_rows), panels(all_panels) {
     blocks = (rows + most_rows - 1) / most_rows;
     const std::size_t items = 16 * static_cast<std::size_t>(threads);
-    groups = std::min(panels, std::max<std::size_t>(1, items));
+    groups = std::min(panels, items);
   }
   std::size_t first_row(std::size_t block) const { return rows * block / blocks; }
   std::size_t first_panel(std::size_t group) const { return panels * group / groups; }
@@ -33,7 +32,7 @@ void context::linear(const packed_weight& w, const kernel_table& k, const linear
   const cut items(a.rows, most_rows, w.panels(), pool_.size());
   const std::size_t padded = w.layout().k, size = size_of(a.type), most = std::min<std::size_t>(most_rows, a.rows);
   // All rows packed once, block after block.
-  buffer& packed = scratch_->codes;
+  buffer& packed = scratch_->rows;
   packed.reserve(a.rows * gemm.row_bytes());
   scratch_->scale.reserve(a.rows * sizeof(float));
   for (thread_scratch& t : scratch_->threads) {

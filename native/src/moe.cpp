@@ -114,10 +114,10 @@ struct slice_run {
   const expert_slice& s;
   block_gemm up, down;
   std::vector<item> items;
-  char* hidden = nullptr;      // activated rows, packed for the second phase
-  float* scale = nullptr;      // int8_dyn: of each activated row
-  float* plain = nullptr;      // int8_dyn: activated rows before they are quantised
-  std::vector<float> partial;  // [panel][token][32], where there are several slices
+  char* hidden = nullptr;    // activated rows, packed for the second phase
+  float* scale = nullptr;    // int8_dyn: of each activated row
+  float* plain = nullptr;    // int8_dyn: activated rows before they are quantised
+  float* partial = nullptr;  // [panel][token][32], where there are several slices
   queue up_queue, quantize_queue, down_queue;
 };
 
@@ -209,7 +209,10 @@ void layer_run::prepare(int threads) {
       run.plain = memory.plain.as<float>();
       run.scale = memory.scale.as<float>();
     }
-    if (e_.slices.size() > 1) run.partial.resize(panels() * tokens_ * panel_columns);
+    if (e_.slices.size() > 1) {
+      memory.partial.reserve(panels() * tokens_ * panel_columns * sizeof(float));
+      run.partial = memory.partial.as<float>();
+    }
     row_bytes = std::max({row_bytes, run.up.row_bytes(), dynamic_ ? s.down.layout().k : 0});
     c_bytes = std::max({c_bytes, run.up.c_bytes(most_rows_), run.down.c_bytes(most_rows_)});
   }
@@ -223,7 +226,7 @@ void layer_run::prepare(int threads) {
 
 void layer_run::quantize_tokens(thread_pool& pool) {
   const std::size_t k = slices_.front().s.gate_up.layout().k, size = size_of(a_.hidden_type);
-  scratch_.codes.reserve(tokens_ * k);
+  scratch_.rows.reserve(tokens_ * k);
   scratch_.scale.reserve(tokens_ * sizeof(float));
   constexpr std::size_t at_once = 4;
   queue q((tokens_ + at_once - 1) / at_once);
@@ -233,7 +236,7 @@ void layer_run::quantize_tokens(thread_pool& pool) {
       const std::size_t first = i * at_once;
       k_.quantize_rows({static_cast<const char*>(a_.hidden) + (first_token_ + first) * a_.hidden_stride * size,
                         a_.hidden_type, a_.hidden_stride, std::min(at_once, tokens_ - first), e_.shape.hidden_size, k,
-                        scratch_.codes.as<std::int8_t>() + first * k, scratch_.scale.as<float>() + first});
+                        scratch_.rows.as<std::int8_t>() + first * k, scratch_.scale.as<float>() + first});
     }
   };
   pool.run(work);
@@ -247,7 +250,7 @@ void layer_run::pack_tokens(const slice_run& s, const block& b, thread_scratch& 
     return rows_.pack({static_cast<const char*>(a_.hidden) + first, a_.hidden_type, a_.hidden_stride, tokens, b.rows,
                        e_.shape.hidden_size, k, t.rows.as()});
   }
-  rows_.pack({scratch_.codes.as(), dtype::f32, k, tokens, b.rows, k, k, t.rows.as()});
+  rows_.pack({scratch_.rows.as(), dtype::f32, k, tokens, b.rows, k, k, t.rows.as()});
   for (int r = 0; r < b.rows; ++r) t.scale.as<float>()[r] = scratch_.scale.as<float>()[tokens[r]];
 }
 
@@ -297,7 +300,7 @@ void layer_run::down_group(slice_run& s, std::size_t first, thread_scratch& t) c
                });
   }
   if (slices_.size() > 1)
-    std::memcpy(s.partial.data() + first * sum_size, t.sum.as(), (last - first) * sum_size * sizeof(float));
+    std::memcpy(s.partial + first * sum_size, t.sum.as(), (last - first) * sum_size * sizeof(float));
   else
     for (std::size_t p = first; p < last; ++p) store(p, t.sum.as<float>() + (p - first) * sum_size);
 }
@@ -308,7 +311,7 @@ void layer_run::add_slices(thread_pool& pool) {
     const denormals_are_zero mode;
     for (std::size_t p; q.has(p = q.take());) {
       const std::size_t size = tokens_ * panel_columns;
-      float* sum = slices_.front().partial.data() + p * size;
+      float* sum = slices_.front().partial + p * size;
       for (std::size_t s = 1; s < slices_.size(); ++s)
         for (std::size_t i = 0; i < size; ++i) sum[i] += slices_[s].partial[p * size + i];
       store(p, sum);

@@ -17,13 +17,14 @@ struct thread_scratch {
 };
 
 struct slice_scratch {
-  buffer hidden, plain, scale;
+  buffer hidden, plain, scale, partial;
 };
 
 struct context_scratch {
   std::vector<thread_scratch> threads;
   std::vector<slice_scratch> slices;
-  buffer codes, scale;  // int8_dyn: the quantised input
+  buffer rows;   // of the input: packed (linear), quantised (int8_dyn)
+  buffer scale;  // int8_dyn: of each of them
   buffer probe;
 };
 
