@@ -20,6 +20,7 @@ from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.moe import run
 from ktcompile.ops.spec import ExpertsSpec
+from ktcompile.ops.store import places_of, storages_of, versions_of
 from ktcompile.quant.checkpoints import Fp8Reader
 
 LIBRARY.define(
@@ -64,25 +65,22 @@ class Fp8Store:
     """Finds the packed form of weights, packing them when they are new or were written to since."""
 
     def __init__(self) -> None:
-        self._entries: dict[object, tuple[tuple[int, ...], list[StorageWeakRef], PackedExperts]] = {}
+        self._entries: dict[object, tuple[tuple[int, ...], tuple[StorageWeakRef, ...], PackedExperts]] = {}
         self._lock = threading.Lock()
 
     def get(self, weights: Fp8Weights, block: tuple[int, int] | None, spec: ExpertsSpec) -> PackedExperts:
         """Return the packed weights. ValueError: they cannot be read."""
-        # By place in memory: a compiled graph passes other tensors of the same storage.
-        places = ((w.untyped_storage()._cdata, w.storage_offset(), w.shape, w.stride()) for w in weights)
-        key = (*places, block, spec)
-        versions = tuple(0 if w.is_inference() else w._version for w in weights)
+        key = (*places_of(weights), block, spec)
+        versions = versions_of(weights)
         with self._lock:
             if key in self._entries:
                 known, storages, packed = self._entries[key]
                 if known == versions and not any(s.expired() for s in storages):  # type: ignore[no-untyped-call]
                     return packed
             packed = _pack(weights, block, spec)
-            storages = [StorageWeakRef(w.untyped_storage()) for w in weights]  # type: ignore[no-untyped-call]
             if key not in self._entries:
                 weakref.finalize(weights.gate_up.untyped_storage(), self._entries.pop, key, None)
-            self._entries[key] = versions, storages, packed
+            self._entries[key] = versions, storages_of(weights), packed
             return packed
 
 

@@ -20,7 +20,7 @@ from ktcompile.graph.experts import ExpertsFacts, describe
 from ktcompile.models import hf_experts
 from ktcompile.models.checkpoint import Shards
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.quant import ALIASES, QuantizedWeight, check_format
+from ktcompile.quant import QuantizedWeight, check_format, full_name
 from ktcompile.quant.checkpoints import Reader, detect, parameters, place_rows
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Layer:
         transposed = self.facts.spec.transposed
         weights = [p.read(source, names, transposed) for p in (self.gate_up, self.down)]
         biases = [None if name is None else getattr(module, name).detach() for name in self.facts.parameters[2:]]
-        spec = replace(self.facts.spec, transposed=False, weight_format=_full_name(weight_format))
+        spec = replace(self.facts.spec, transposed=False, weight_format=weight_format)
         try:
             return PackedExperts(weights[0], weights[1], biases[0], biases[1], spec)
         except ValueError as error:
@@ -314,7 +314,7 @@ def _check_wanted_format(source: _Source, layers: list[Layer], weight_format: st
     if weight_format == "auto" or not layers:
         return
     stored = source.read(layers[0].down.parts[0].weight).format.name
-    if _full_name(weight_format) != stored:
+    if full_name(weight_format) != stored:
         raise ValueError(
             f"weight_format is {weight_format!r}, but the experts of {source.folder} are quantised as {stored}; leave "
             'it at "auto", or use the checkpoint that is not quantised'
@@ -395,10 +395,6 @@ def _generation_config(folder: Path) -> Any:
     if not (folder / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_pretrained(folder)
-
-
-def _full_name(weight_format: str) -> str:
-    return ALIASES.get(weight_format, weight_format)
 
 
 def _listed(names: Sequence[str]) -> str:

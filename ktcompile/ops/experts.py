@@ -17,8 +17,8 @@ from ktcompile.machine import check_isa, machine
 from ktcompile.ops.self_check import FirstCall, PackingCheck
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads
-from ktcompile.ops.weights import Weight, native_format, quantized_address
-from ktcompile.quant import ALIASES, QuantizedWeight, WeightFormat, native_dtype, resolve_format
+from ktcompile.ops.weights import Weight, format_of, native_format, quantized_address
+from ktcompile.quant import QuantizedWeight, WeightFormat, native_dtype
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
@@ -177,18 +177,10 @@ def from_handle(handle: torch.Tensor) -> PackedExperts:
 
 
 def _format_of(gate_up: Weight, down: Weight, spec: ExpertsSpec) -> WeightFormat:
-    if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
-        return resolve_format(spec.weight_format, gate_up.dtype)
     formats = [w.format.name if isinstance(w, QuantizedWeight) else str(w.dtype) for w in (gate_up, down)]
     if formats[0] != formats[1]:
         raise ValueError(f"gate_up_proj is {formats[0]} and down_proj is {formats[1]}; they must be of one format")
-    assert isinstance(gate_up, QuantizedWeight)
-    if ALIASES.get(spec.weight_format, spec.weight_format) not in ("auto", gate_up.format.name):
-        raise ValueError(
-            f"weight_format is {spec.weight_format!r}, but the weights are quantised as {gate_up.format.name}; leave "
-            'it at "auto"'
-        )
-    return gate_up.format
+    return format_of(gate_up, spec.weight_format, "the weights are")
 
 
 def _check_weights(

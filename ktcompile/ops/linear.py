@@ -14,8 +14,8 @@ from ktcompile import _native
 from ktcompile.machine import check_isa, machine
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.threads import native_threads
-from ktcompile.ops.weights import Weight, native_format, quantized_address
-from ktcompile.quant import ALIASES, QuantizedWeight, native_dtype, resolve_format
+from ktcompile.ops.weights import Weight, format_of, native_format, quantized_address
+from ktcompile.quant import native_dtype
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -31,14 +31,11 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None, weight_format: str, isa: str | None) -> None:
-        self.out_features, self.in_features = _check_weight(weight, bias, weight_format)
+        self.out_features, self.in_features = _check_weight(weight, bias)
         self.isa = check_isa(isa, machine().isas) if isa else machine().isa
-        if isinstance(weight, torch.Tensor):
-            self.format = resolve_format(weight_format, weight.dtype)
-            if self.format.codec is not None:
-                weight = self.format.quantize(weight, "weight")
-        else:
-            self.format = weight.format
+        self.format = format_of(weight, weight_format, "the weight is")
+        if isinstance(weight, torch.Tensor) and self.format.codec is not None:
+            weight = self.format.quantize(weight, "weight")
         if isinstance(weight, torch.Tensor):
             self.native = _native.Linear(native_format(self.format), self.out_features, self.in_features)
             strides = (weight.stride(0), weight.stride(1))
@@ -55,11 +52,6 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         return self.native.nbytes
-
-    @property
-    def tiles(self) -> bool:
-        """Whether rows and weights in bf16 are summed in AMX's order, which rounds otherwise than all other ISAs."""
-        return _native.sums_on_tiles(self.isa)
 
     def unpack(self) -> torch.Tensor:
         """Return the weight, dequantised, [N, K] in fp32."""
@@ -122,8 +114,8 @@ def _linear_fake(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> to
 register_without_backward("linear")
 
 
-def _check_weight(weight: Weight, bias: torch.Tensor | None, weight_format: str) -> tuple[int, int]:
-    """Return (N, K). ValueError: the tensors cannot be packed, or not in this format."""
+def _check_weight(weight: Weight, bias: torch.Tensor | None) -> tuple[int, int]:
+    """Return (N, K). ValueError: the tensors cannot be packed."""
     if len(weight.shape) != 2 or min(weight.shape) == 0:
         raise ValueError(f"weight is {list(weight.shape)}; it must be [out_features, in_features], neither 0")
     tensors = {"weight": weight, "bias": bias}
@@ -132,14 +124,6 @@ def _check_weight(weight: Weight, bias: torch.Tensor | None, weight_format: str)
             if tensor.device.type != "cpu":
                 raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU to be packed")
             native_dtype(tensor.dtype, name)
-    if isinstance(weight, QuantizedWeight) and ALIASES.get(weight_format, weight_format) not in (
-        "auto",
-        weight.format.name,
-    ):
-        raise ValueError(
-            f"weight_format is {weight_format!r}, but the weight is quantised as {weight.format.name}; leave it at "
-            '"auto"'
-        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias is {list(bias.shape)}; it must be [{weight.shape[0]}]")
     return weight.shape[0], weight.shape[1]

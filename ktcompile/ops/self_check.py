@@ -197,7 +197,8 @@ class FirstCall:
         biases = [None if b is None else b[expert] for b in self._biases]
         first = reference.linear(rows(x_RH), gate_up, biases[0])
         hidden_RI = reference.activate(first, spec.activation, spec.interleaved)
-        parts = [rows(part) for part in torch.split(hidden_RI, _slice_sizes(packed), 1)]
+        # int8_dyn quantises the part of each memory node for itself.
+        parts = [rows(part) for part in torch.split(hidden_RI, packed.native.slices, 1)]
         wanted_RH = reference.linear(torch.cat(parts, 1), down, biases[1])
         passing_R = _without_cutoff(first, spec.activation, spec.interleaved).norm(dim=1)
         scale_R = passing_R * float(torch.linalg.vector_norm(down, dtype=torch.float32)) / math.sqrt(down.shape[1])
@@ -313,14 +314,6 @@ def _without_cutoff(first: torch.Tensor, activation: Activation, interleaved: bo
 def _opened(magnitude: torch.Tensor, activation: Activation) -> torch.Tensor:
     magnitude = magnitude + _TINY
     return magnitude.square() if activation.kind == "relu2" else magnitude
-
-
-def _slice_sizes(packed: PackedExperts) -> list[int]:
-    """Return how many columns of the activated rows each memory node has; int8_dyn quantises each for itself."""
-    whole, count = packed.intermediate_size, packed.native.slices
-    steps = -(-whole // 128)
-    ends = [min(whole, steps * i // count * 128) for i in range(count + 1)]
-    return [end - begin for begin, end in itertools.pairwise(ends)]
 
 
 def _sample(touched: list[int], packed: PackedExperts) -> list[int]:

@@ -64,7 +64,7 @@ class ExpertStore:
             for weight in weights[:2]:
                 assert weight is not None
                 weight.data = _nan_like(weight)
-            entry = _Entry(packed, _versions(weights), _storages(weights), taken=True)
+            entry = _Entry(packed, versions_of(weights), storages_of(weights), taken=True)
             self._entries[_key(weights, spec)] = entry
             self._forget_with(weights[0], _key(weights, spec))
             return packed
@@ -72,11 +72,11 @@ class ExpertStore:
     def is_taken(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> bool:
         """Return whether the weights exist only packed."""
         entry = self._entries.get(_key(weights, spec))
-        return entry is not None and entry.taken and entry.versions == _versions(weights)
+        return entry is not None and entry.taken and entry.versions == versions_of(weights)
 
     def _find(self, key: Key, weights: Sequence[torch.Tensor | None]) -> PackedExperts | None:
         entry = self._entries.get(key)
-        if entry is not None and entry.versions == _versions(weights) and not entry.stale():
+        if entry is not None and entry.versions == versions_of(weights) and not entry.stale():
             return entry.packed
         return None
 
@@ -90,7 +90,7 @@ class ExpertStore:
         if known is not None and known.taken:
             _restore(known, weights)
         packed = PackedExperts(gate_up, down, gate_up_bias, down_bias, spec)
-        entry = _Entry(packed, _versions(weights), _storages(weights))
+        entry = _Entry(packed, versions_of(weights), storages_of(weights))
         self._entries[key] = entry
         if known is None:
             self._forget_with(gate_up.untyped_storage(), key)
@@ -98,7 +98,7 @@ class ExpertStore:
 
     def _check_not_taken(self, key: Key, weights: Sequence[torch.Tensor | None]) -> None:
         for other, entry in list(self._entries.items()):
-            if entry.taken and other[:-1] == key[:-1] and other != key and entry.versions == _versions(weights):
+            if entry.taken and other[:-1] == key[:-1] and other != key and entry.versions == versions_of(weights):
                 raise ValueError(
                     f"the weights were taken and exist only packed, for {other[-1]}; to use them for {key[-1]}, load"
                     " the model's state_dict() into it first"
@@ -132,17 +132,23 @@ def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _key(weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> Key:
-    places = tuple(
+    return (*places_of(weights), spec)
+
+
+def places_of(weights: Sequence[torch.Tensor | None]) -> Key:
+    """Return where tensors lie, which tensors that a compiled graph receives in their place share."""
+    return tuple(
         (w.untyped_storage()._cdata, w.storage_offset(), w.shape, w.stride()) for w in weights if w is not None
     )
-    return (*places, spec)
 
 
-def _versions(weights: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+def versions_of(weights: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+    """Return numbers that change when a tensor is written to."""
     return tuple(0 if w.is_inference() else w._version for w in weights if w is not None)
 
 
-def _storages(weights: Sequence[torch.Tensor | None]) -> tuple[StorageWeakRef, ...]:
+def storages_of(weights: Sequence[torch.Tensor | None]) -> tuple[StorageWeakRef, ...]:
+    """Return weak references to the memory of tensors, in whose place others may lie once it is gone."""
     return tuple(StorageWeakRef(w.untyped_storage()) for w in weights if w is not None)  # type: ignore[no-untyped-call]
 
 

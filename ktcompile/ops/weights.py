@@ -5,13 +5,27 @@ from __future__ import annotations
 import torch
 
 from ktcompile import _native
-from ktcompile.quant import QuantizedWeight, WeightFormat
+from ktcompile.quant import QuantizedWeight, WeightFormat, full_name, resolve_format
 
 Weight = torch.Tensor | QuantizedWeight
 # (codes, strides of (expert, out, in), scales, zero points or 0, strides of (expert, out, group))
 Address = tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]]
 
 _SCALES = {"int8": "f32", "int8_dyn": "f32", "fp8": "f32", "mxfp4": "e8m0"}
+
+
+def format_of(weight: Weight, weight_format: str, what: str) -> WeightFormat:
+    """Return the format to store a weight in. weight_format: a name, or "auto" for that of the weight.
+
+    ValueError: there is no such format, or the weight is quantised in another one; `what` names it.
+    """
+    if isinstance(weight, torch.Tensor):
+        return resolve_format(weight_format, weight.dtype)
+    if full_name(weight_format) not in ("auto", weight.format.name):
+        raise ValueError(
+            f'weight_format is {weight_format!r}, but {what} quantised as {weight.format.name}; leave it at "auto"'
+        )
+    return weight.format
 
 
 def native_format(weight_format: WeightFormat, *weights: QuantizedWeight) -> _native.Format:
@@ -23,8 +37,8 @@ def native_format(weight_format: WeightFormat, *weights: QuantizedWeight) -> _na
     if weight_format.codec is None:
         return _native.Format(layout, 0, _native.ScaleType.none, False)
     scale = _SCALES.get(weight_format.layout) or _half_of(weight_format, weights)
-    zeros = weight_format.name.endswith("_zp")
-    return _native.Format(layout, weight_format.group_size or 0, getattr(_native.ScaleType, scale), zeros)
+    group = weight_format.group_size or 0
+    return _native.Format(layout, group, getattr(_native.ScaleType, scale), weight_format.has_zero_points)
 
 
 def _half_of(weight_format: WeightFormat, weights: tuple[QuantizedWeight, ...]) -> str:

@@ -7,6 +7,7 @@ from ktcompile.quant.formats import (
     QuantizedWeight,
     WeightFormat,
     check_format,
+    full_name,
     native_dtype,
     resolve_format,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "QuantizedWeight",
     "WeightFormat",
     "check_format",
+    "full_name",
     "native_dtype",
     "quantize_rows",
     "resolve_format",

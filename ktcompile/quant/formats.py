@@ -35,6 +35,10 @@ class WeightFormat:
     storage: torch.dtype | None = None
     codec: Codec | None = None
 
+    @property
+    def has_zero_points(self) -> bool:
+        return isinstance(self.codec, Int4Zero)
+
     def round_trip(self, weight: Tensor) -> Tensor:
         """Return `weight` in fp32 as it is after storing: the definition of the format, in plain torch."""
         if self.storage is not None:
@@ -56,7 +60,7 @@ class WeightFormat:
         shape = (*weight.shape[:-1], _ceil_div(weight.shape[-1], self.group_size or weight.shape[-1]))
         codes = torch.empty(weight.shape, dtype=self.codec.code_dtype)
         scales = torch.empty(shape)
-        zeros = torch.empty(shape, dtype=torch.uint8) if isinstance(self.codec, Int4Zero) else None
+        zeros = torch.empty(shape, dtype=torch.uint8) if self.has_zero_points else None
         for at in _slices(weight, self.codec.block_rows):
             part = _matrices(weight)[at].float()
             _check_finite(part, at, what)
@@ -86,7 +90,7 @@ class QuantizedWeight:
         assert codec is not None and self.codes.dtype == codec.code_dtype
         groups = _ceil_div(columns, self.format.group_size or columns)
         assert self.scales.dtype == torch.float32 and self.scales.shape == (*self.codes.shape[:-1], groups)
-        assert (self.zeros is None) != isinstance(codec, Int4Zero)
+        assert (self.zeros is None) != self.format.has_zero_points
         assert self.zeros is None or (self.zeros.dtype == torch.uint8 and self.zeros.shape == self.scales.shape)
 
     @property
@@ -144,9 +148,14 @@ def native_dtype(dtype: torch.dtype, what: str) -> _native.DType:
     return _NATIVE[dtype]
 
 
+def full_name(name: str) -> str:
+    """Return the name of the format that `name` stands for, if it is an alias."""
+    return ALIASES.get(name, name)
+
+
 def check_format(name: str) -> str:
     """Return `name`. ValueError: it is neither "auto" nor the name of a format."""
-    if name != "auto" and ALIASES.get(name, name) not in FORMATS:
+    if name != "auto" and full_name(name) not in FORMATS:
         raise ValueError(f"weight_format is {name!r}; it must be one of {', '.join(('auto', *ALIASES, *FORMATS))}")
     return name
 
@@ -156,7 +165,7 @@ def resolve_format(name: str, source: torch.dtype) -> WeightFormat:
     if check_format(name) == "auto":
         native_dtype(source, "the weight")
         return _BY_DTYPE[source]
-    return FORMATS[ALIASES.get(name, name)]
+    return FORMATS[full_name(name)]
 
 
 def _matrices(tensor: Tensor) -> Tensor:

@@ -224,7 +224,12 @@ NB_MODULE(_native, m) {
           },
           "expert"_a, "gate_up"_a, "gate_up_strides"_a, "down"_a, "down_strides"_a, "type"_a,
           nb::call_guard<nb::gil_scoped_release>())
-      .def_prop_ro("slices", [](const kt::experts& self) { return self.slices.size(); })
+      .def_prop_ro("slices",
+                   [](const kt::experts& self) {
+                     std::vector<std::size_t> sizes;
+                     for (const kt::expert_slice& s : self.slices) sizes.push_back(s.down.k());
+                     return sizes;
+                   })
       .def_prop_ro("nbytes", &kt::experts::bytes);
 
   nb::class_<packed_linear>(m, "Linear")

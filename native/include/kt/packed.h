@@ -67,6 +67,7 @@ class packed_weight {
 
   const panel_layout& layout() const { return layout_; }
   std::size_t panels() const { return panels_; }  // of one expert
+  std::size_t k() const { return k_; }            // without padding
   std::size_t panel_bytes() const { return panel_bytes_; }
   const char* panel(std::size_t expert, std::size_t p) const {
     return data_.as<const char>((expert * panels_ + p) * panel_bytes_);
