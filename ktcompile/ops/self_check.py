@@ -78,6 +78,7 @@ class PackingCheck:
         self._packed, self._weights = packed, (gate_up, down)
         some = random.Random(packed.number).randrange(packed.num_experts)
         self._experts = frozenset((0, packed.num_experts - 1, some))
+        self._lock, self._warned = threading.Lock(), False
 
     def order(self) -> list[int]:
         """Return all experts, those of the sample first, so that no thread is left with one at the end."""
@@ -109,12 +110,17 @@ class PackingCheck:
             if worst is not None:
                 values = float(some_NC[worst]), float(source_NC[worst])
                 self._fail(what, (begin + worst[0], worst[1]), values, rounded)
-        if size and math.sqrt(error / size) > _POOR * weight_format.error_budget:
+        if size and math.sqrt(error / size) > _POOR * weight_format.error_budget and self._is_first_warning():
             warn_once(
                 f"{self._label()}: {weight_format.name} represents {what} with a relative error of "
                 f"{math.sqrt(error / size):.2g}, where Gaussian weights stay within {weight_format.error_budget:.2g}; "
                 "another weight format may suit the layer better"
             )
+
+    def _is_first_warning(self) -> bool:
+        with self._lock:
+            first, self._warned = not self._warned, True
+        return first
 
     def _fail(self, what: str, at: tuple[int, int], values: tuple[float, float], rounded: bool) -> None:
         packed = self._packed
@@ -137,20 +143,27 @@ class FirstCall:
         self._source = weakref.ref(source) if isinstance(source, torch.Tensor) else None
         self._biases = [None if b is None else b.detach().clone() for b in biases]
         self._lock, self._process = threading.Lock(), os.getpid()
-        self._attempts = 0
+        self._attempts, self._failure = 0, ""
 
     def check(self, packed: PackedExperts, x_TH: torch.Tensor, ids_TK: torch.Tensor, kernels: Kernels) -> None:
         """Check a sample of the experts that tokens are routed to, and take it off `packed` once there was one.
 
-        Rows that are zero, or not finite, or would overflow are left out. SelfCheckError: an expert's output is wrong.
+        Rows that are zero, or not finite, or would overflow are left out. SelfCheckError: an expert's output is wrong,
+        or was at an earlier call.
         """
         if self._process != os.getpid():  # in the parent, another thread may have held the lock at the fork
             self._lock, self._process = threading.Lock(), os.getpid()
         with self._lock:
             if packed.first_call is not self:
                 return
-            with torch.no_grad():
-                compared = self._check(packed, x_TH, ids_TK, kernels)
+            if self._failure:
+                raise SelfCheckError(self._failure)
+            try:
+                with torch.no_grad():
+                    compared = self._check(packed, x_TH, ids_TK, kernels)
+            except SelfCheckError as error:
+                self._failure = str(error)
+                raise
             self._attempts += 1
             if compared or self._attempts == _PATIENCE:
                 packed.first_call = None
