@@ -448,6 +448,7 @@ def test_a_bad_call_raises_and_names_the_value(case):
 
 L = random_layer(bias=True)
 INT8 = FORMATS["int8"].quantize(L.gate_up), FORMATS["int8"].quantize(L.down)
+FP8, INT4_ZP = ([FORMATS[name].quantize(w) for w in (L.gate_up, L.down)] for name in ("fp8", "int4_g32_zp"))
 INT4, MXFP4 = FORMATS["int4_g32"].quantize(L.down), FORMATS["mxfp4"].quantize(L.down)
 
 
@@ -455,6 +456,10 @@ def scaled(weight_format: str, factor: float, weight: torch.Tensor = L.gate_up) 
     """Return codes of a weight with all scales `factor` times as large."""
     q = FORMATS[weight_format].quantize(weight)
     return replace(q, scales=q.scales * factor)
+
+
+def with_code(q: QuantizedWeight, code: int, column: int = 70) -> QuantizedWeight:
+    return replace(q, codes=changed(q.codes, (3, 7, column), code))
 
 
 BAD_LAYERS = {
@@ -505,7 +510,15 @@ BAD_LAYERS = {
         "exact in bf16, or in fp16, for both weights",
     ),
     "a scale of mxfp4 that is no power of two": ((scaled("mxfp4", 1.5), MXFP4), {}, "needs a power of two"),
-    "a NaN scale": ((scaled("int8", math.nan), INT8[1]), {}, "expert 0, output 0, group 0 is nan"),
+    "a code of int8 without an opposite": ((with_code(INT8[0], -128), INT8[1]), {}, "row 7, column 70 is -128"),
+    "a NaN code": ((with_code(FP8[0], 0xFF), FP8[1]), {}, "expert 3, row 7, column 70 is 255"),
+    "a code of five bits": ((INT4_ZP[0], with_code(INT4_ZP[1], 16, 50)), {}, "expert 3, row 7, column 50 is 16"),
+    "a zero point of five bits": (
+        (INT4_ZP[0], replace(INT4_ZP[1], zeros=changed(INT4_ZP[1].zeros, (3, 7, 1), 16))),
+        {},
+        "the zero point of expert 3, row 7, group 1 is 16; it must be from 0 to 15",
+    ),
+    "a NaN scale": ((scaled("int8", math.nan), INT8[1]), {}, "expert 0, row 0, group 0 is nan"),
     "an infinite scale": ((scaled("fp8", math.inf), FORMATS["fp8"].quantize(L.down)), {}, "group 0 is inf"),
 }
 
@@ -515,6 +528,26 @@ def test_a_bad_layer_raises_and_names_the_value(case):
     weights, arguments, text = BAD_LAYERS[case]
     with pytest.raises(ValueError, match=re.escape(text)):
         ops.pack_experts(*weights, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("layout", "group", "scale", "zero_points", "text"),
+    [
+        ("int8", 128, "f32", False, "no int8 with group 128, scales f32 and no zero points: int8 has group 0,"),
+        ("int8_dyn", 0, "bf16", False, "int8_dyn has group 0, scales f32 and"),
+        ("fp8", 48, "f32", False, "no fp8 with group 48,"),
+        ("fp8", 128, "f32", True, "scales f32 and zero points: fp8 has group 0, 32, 64 or 128,"),
+        ("int4", 0, "bf16", False, "int4 has group 32, 64 or 128,"),
+        ("int4", 32, "f32", True, "int4 has group 32, 64 or 128, scales f16 or bf16,"),
+        ("mxfp4", 32, "bf16", False, "mxfp4 has group 32, scales e8m0"),
+        ("mxfp4", 64, "e8m0", False, "no mxfp4 with group 64,"),
+        ("bf16", 0, "f32", False, "no bf16 with group 0, scales f32 and no zero points: floats have"),
+        ("f32", 32, "none", False, "no f32 with group 32,"),
+    ],
+)
+def test_a_format_that_the_kernels_do_not_have_raises(layout, group, scale, zero_points, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        _native.Format(getattr(_native.Layout, layout), group, getattr(_native.ScaleType, scale), zero_points)
 
 
 @pytest.mark.parametrize(

@@ -115,10 +115,9 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](kt::weight_format* self, kt::format kind, int group, kt::scale_type scale, bool zero_points) {
-            if (group && group != 32 && group != 64 && group != 128)
-              throw std::invalid_argument("a group has " + std::to_string(group) +
-                                          " weights; it must be 32, 64 or 128");
-            new (self) kt::weight_format{kind, group, scale, zero_points};
+            const kt::weight_format format{kind, group, scale, zero_points};
+            kt::check_format(format);
+            new (self) kt::weight_format(format);
           },
           "layout"_a, "group"_a, "scale"_a, "zero_points"_a);
   nb::enum_<kt::activation>(m, "Activation")

@@ -141,6 +141,36 @@ float get_scale(scale_type type, const char* scales, int column) {
   }
 }
 
+std::string place_name(const char* what, int expert, std::ptrdiff_t n, const char* inner, std::size_t i) {
+  return std::string("the ") + what + " of expert " + std::to_string(expert) + ", row " + std::to_string(n) + ", " +
+         inner + " " + std::to_string(i) + " is ";
+}
+
+// Codes that all kernels take for the number that the format means: products of int8_dyn have no room for -128, and
+// e4m3's NaN would be a number.
+template <format F>
+constexpr bool has_value(std::uint8_t code) {
+  if constexpr (F == format::int4 || F == format::mxfp4)
+    return code < 16;
+  else
+    return F == format::fp8 ? (code & 0x7f) != 0x7f : code != 0x80;
+}
+
+template <format F>
+void check_codes(const std::uint8_t* codes, std::ptrdiff_t stride, std::size_t count, int expert, std::ptrdiff_t n,
+                 std::size_t k) {
+  bool bad = false;
+  for (std::size_t i = 0; i < count; ++i) bad |= !has_value<F>(codes[static_cast<std::ptrdiff_t>(i) * stride]);
+  if (!bad) return;
+  while (has_value<F>(*codes)) codes += stride, ++k;
+  constexpr bool is_signed = F == format::int8 || F == format::int8_dyn;
+  const int value = is_signed ? static_cast<std::int8_t>(*codes) : *codes;
+  throw std::invalid_argument(place_name("code", expert, n, "column", k) + std::to_string(value) + "; " +
+                              (is_signed          ? "it must be from -127 to 127"
+                               : F == format::fp8 ? "127 and 255 are NaN in e4m3"
+                                                  : "it must be from 0 to 15"));
+}
+
 // Scales that the kernels multiply rightly: bf16 weights of mxfp4 must stay normal numbers.
 void check_scale(const weight_format& f, float scale, int expert, std::ptrdiff_t n, std::size_t g) {
   const float size = std::fabs(scale);
@@ -149,13 +179,56 @@ void check_scale(const weight_format& f, float scale, int expert, std::ptrdiff_t
       std::isfinite(scale) && (f.kind != format::mxfp4 || (power && size >= 0x1p-120f && size <= 0x1p120f)) &&
       (f.scale != scale_type::f16 || size <= 65504.0f) && (f.scale != scale_type::bf16 || size < 0x1.ffp127f);
   if (fits) return;
-  throw std::invalid_argument("the scale of expert " + std::to_string(expert) + ", output " + std::to_string(n) +
-                              ", group " + std::to_string(g) + " is " + std::to_string(scale) + "; " +
+  throw std::invalid_argument(place_name("scale", expert, n, "group", g) + std::to_string(scale) + "; " +
                               (f.kind == format::mxfp4 ? "mxfp4 needs a power of two from 2^-120 to 2^120"
                                                        : "it must be a number that the format can hold"));
 }
 
+void check_zero_point(std::uint8_t zero, int expert, std::ptrdiff_t n, std::size_t g) {
+  if (zero < 16) return;
+  throw std::invalid_argument(place_name("zero point", expert, n, "group", g) + std::to_string(zero) +
+                              "; it must be from 0 to 15");
+}
+
+struct known_format {
+  bool fits;
+  const char* wanted;
+};
+
+known_format known(const weight_format& f) {
+  const bool grouped = f.group == 32 || f.group == 64 || f.group == 128, whole = f.group == 0;
+  const bool half = f.scale == scale_type::f16 || f.scale == scale_type::bf16, full = f.scale == scale_type::f32;
+  switch (f.kind) {
+    case format::int8:
+      return {whole && (full || half) && !f.zero_points,
+              "int8 has group 0, scales f32, f16 or bf16 and no zero points"};
+    case format::int8_dyn:
+      return {whole && full && !f.zero_points, "int8_dyn has group 0, scales f32 and no zero points"};
+    case format::int4:
+      return {grouped && half, "int4 has group 32, 64 or 128, scales f16 or bf16, and zero points or none"};
+    case format::fp8:
+      return {(whole || grouped) && (full || half) && !f.zero_points,
+              "fp8 has group 0, 32, 64 or 128, scales f32, f16 or bf16 and no zero points"};
+    case format::mxfp4:
+      return {f.group == 32 && f.scale == scale_type::e8m0 && !f.zero_points,
+              "mxfp4 has group 32, scales e8m0 and no zero points"};
+    default:
+      return {whole && f.scale == scale_type::none && !f.zero_points,
+              "floats have group 0, scales none and no zero points"};
+  }
+}
+
 }  // namespace
+
+void check_format(const weight_format& f) {
+  const known_format k = known(f);
+  if (k.fits) return;
+  constexpr const char* kinds[] = {"f32", "f16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4"};
+  constexpr const char* scales[] = {"none", "f32", "f16", "bf16", "e8m0"};
+  throw std::invalid_argument(std::string("there is no ") + kinds[static_cast<int>(f.kind)] + " with group " +
+                              std::to_string(f.group) + ", scales " + scales[static_cast<int>(f.scale)] + " and " +
+                              (f.zero_points ? "" : "no ") + "zero points: " + k.wanted);
+}
 
 packed_weight::packed_weight(const weight_format& format, int num_experts, std::size_t panels, std::size_t k_begin,
                              std::size_t k, const column_map& columns, int node)
@@ -202,11 +275,14 @@ void packed_weight::pack(int expert, const quantized_view& source) {
       char* scale = panel + l.scale_offset(g);
       check_scale(l.format, source.scales[at], expert, n, first_group + g);
       put_scale(l.format.scale, scale, column, source.scales[at]);
-      if (l.format.zero_points) scale[2 * panel_columns + column] = static_cast<char>(source.zeros[at]);
+      if (!l.format.zero_points) continue;
+      check_zero_point(source.zeros[at], expert, n, first_group + g);
+      scale[2 * panel_columns + column] = static_cast<char>(source.zeros[at]);
     }
   });
   // A part of a panel that stays in the first-level cache while its columns are written, one after the other.
   constexpr std::size_t part = 128;
+  const std::ptrdiff_t stride_k = source.stride_k;
   with_codes(l.format.kind, [&](auto kind) {
     for (std::size_t p = 0; p < panels_; ++p) {
       char* panel = data_.as<char>((expert * panels_ + p) * panel_bytes_);
@@ -214,15 +290,19 @@ void packed_weight::pack(int expert, const quantized_view& source) {
       for (std::size_t k = 0, end; k < k_; k = end) {
         const std::size_t g = k / l.group * l.group;
         end = std::min({k + part, g + l.group, k_});
+        char* codes = panel + l.code_offset(g);
         for (int column = 0; column < panel_columns; ++column) {
           const std::ptrdiff_t n = columns_.feature(p, column);
           if (n < 0) continue;
           const std::uint8_t* in = source.codes + expert * source.stride_expert + n * source.stride_n +
-                                   static_cast<std::ptrdiff_t>(k_begin_ + k) * source.stride_k;
-          for (std::size_t i = k - g; i < end - g; ++i, in += source.stride_k) {
-            put_code<kind()>(panel + l.code_offset(g), i, column, *in);
-            sums[column] += static_cast<std::int8_t>(*in);
+                                   static_cast<std::ptrdiff_t>(k_begin_ + k) * stride_k;
+          check_codes<kind()>(in, stride_k, end - k, expert, n, k_begin_ + k);
+          std::int32_t sum = 0;
+          for (std::size_t i = k - g; i < end - g; ++i, in += stride_k) {
+            put_code<kind()>(codes, i, column, *in);
+            sum += static_cast<std::int8_t>(*in);
           }
+          sums[column] += sum;
         }
       }
       if (kind() != format::int8_dyn) continue;

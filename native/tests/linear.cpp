@@ -1,6 +1,7 @@
 // Linear layers against the sums that kt/kernels.h defines, bit for bit, in every format and on every instruction set.
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 #include "../src/block_gemm.h"
 #include "check.h"
@@ -377,6 +378,36 @@ void test_dynamic_rows() {
   }
 }
 
+// Every format that is not refused computes, and every format of the other tests is among them.
+void test_formats() {
+  using kt::scale_type;
+  unsigned n = 17'000, allowed = 0;
+  for (int kind = 0; kind < kt::num_formats; ++kind)
+    for (int group : {0, 16, 32, 64, 96, 128, 256})
+      for (scale_type scale : {scale_type::none, scale_type::f32, scale_type::f16, scale_type::bf16, scale_type::e8m0})
+        for (bool zeros : {false, true}) {
+          const kt::weight_format f = {static_cast<format>(kind), group, scale, zeros};
+          const std::vector<kt::weight_format>& all = all_formats();
+          const bool tested = std::any_of(all.begin(), all.end(), [&](const auto& other) { return other == f; });
+          try {
+            kt::check_format(f);
+          } catch (const std::invalid_argument& e) {
+            const std::string text = e.what(), given = "with group " + std::to_string(group) + ", scales ";
+            check(!tested && text.find(given) != std::string::npos, text);
+            continue;
+          }
+          ++allowed;
+          linear_layer l({f, 5, 300, 33, type_for(f)}, ++n);
+          const kt::packed_weight w = l.pack();
+          for (const kt::isa* i : isas) {
+            if (!has_kernels(*i, f, l.c.type)) continue;
+            const std::string label = "allowed " + describe(l.c) + " [" + i->name + "]";
+            compare(l, checked_run(2, w, *i->kernels, l, 0, l.c.rows, label), *i, first_rows(l.c.rows), label);
+          }
+        }
+  check(allowed == 3 + 3 + 1 + 12 + 12 + 1, std::to_string(allowed) + " formats are allowed");
+}
+
 void test_no_rows() {
   linear_case c{float_format(dtype::f32), 1};
   linear_layer l(c, 16'000);
@@ -392,5 +423,6 @@ const std::vector<test> linear_tests = {
     {"codes", test_codes},
     {"great integers", test_great_integers},
     {"dynamic rows", test_dynamic_rows},
+    {"formats", test_formats},
     {"no rows", test_no_rows},
 };

@@ -70,6 +70,16 @@ void test_unpacking_of_codes() {
       }
 }
 
+std::string packing_error(const random_weight& w) {
+  kt::packed_weight packed(w.format, static_cast<int>(w.experts), 2, 0, w.k, kt::column_map::plain(0, w.n), -1);
+  try {
+    packed.pack(1, w.quantized_view());
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return {};
+}
+
 void test_refused_scales() {
   using kt::format;
   using kt::scale_type;
@@ -87,28 +97,49 @@ void test_refused_scales() {
   for (float bad : {3.4e38f, -3.4e38f}) all.push_back({brain, bad});
   const refused right[] = {{mxfp4, 0x1p120f},   {mxfp4, 0x1p-120f}, {half, 65504.0f}, {brain, 0x1.fep127f},
                            {int8, 0x1.fep120f}, {half, 0.0f},       {brain, -1.5f},   {half, 0x1p-24f}};
-  const auto error = [](const refused& r) -> std::string {
+  const auto error = [](const refused& r) {
     std::mt19937 random(8700);
     random_weight w(r.format, dtype::f32, 2, 35, 70, false, 1, random);
     w.scales[w.scale_places().at(1, 34, w.groups() - 1)] = r.scale;
-    kt::packed_weight packed(r.format, 2, 2, 0, 70, kt::column_map::plain(0, 35), -1);
-    packed.pack(0, w.quantized_view());
-    try {
-      packed.pack(1, w.quantized_view());
-    } catch (const std::invalid_argument& e) {
-      return e.what();
-    }
-    return {};
+    return packing_error(w);
   };
   for (const refused& r : all) {
     const std::string text = error(r);
-    check(text.find("expert 1, output 34, group") != std::string::npos,
+    check(text.find("expert 1, row 34, group") != std::string::npos,
           name_of(r.format) + " with the scale " + std::to_string(r.scale) + ": '" + text + "'");
   }
   for (const refused& r : right) {
     const std::string text = error(r);
     check(text.empty(), name_of(r.format) + " with the scale " + std::to_string(r.scale) + ": '" + text + "'");
   }
+}
+
+// Every byte as a code, and as a zero point: all but those without a value are packed.
+void test_refused_codes() {
+  unsigned n = 8800;
+  for (const kt::weight_format& f : quantized_formats())
+    for (bool transposed : {false, true}) {
+      std::mt19937 random(++n);
+      random_weight w(f, dtype::f32, 2, 35, 170, transposed, 1, random);
+      const bool four_bits = f.kind == kt::format::int4 || f.kind == kt::format::mxfp4;
+      std::uint8_t& code = w.codes[w.code_places().at(1, 34, 169)];
+      for (int byte = 0; byte < 256; ++byte) {
+        code = static_cast<std::uint8_t>(byte);
+        const bool refused = four_bits ? byte > 15 : f.kind == kt::format::fp8 ? (byte & 0x7f) == 0x7f : byte == 0x80;
+        const std::string text = packing_error(w);
+        const int value = four_bits || f.kind == kt::format::fp8 ? byte : static_cast<std::int8_t>(byte);
+        const std::string wanted = "the code of expert 1, row 34, column 169 is " + std::to_string(value) + ";";
+        check(refused ? text.rfind(wanted, 0) == 0 : text.empty(), name_of(f) + ", " + wanted + " '" + text + "'");
+      }
+      code = four_bits ? 8 : 0;
+      for (int byte = 0; f.zero_points && byte < 256; ++byte) {
+        w.zeros[w.scale_places().at(1, 34, w.groups() - 1)] = static_cast<std::uint8_t>(byte);
+        const std::string text = packing_error(w), wanted = "the zero point of expert 1, row 34, group " +
+                                                            std::to_string(w.groups() - 1) + " is " +
+                                                            std::to_string(byte) + ";";
+        check(byte > 15 ? text.rfind(wanted, 0) == 0 : text.empty(), name_of(f) + ", " + wanted + " '" + text + "'");
+      }
+    }
 }
 
 // All patterns of a type as the weights of one expert, read back in another type.
@@ -308,6 +339,7 @@ const std::vector<test> value_tests = {
     {"pack and unpack", test_pack_and_unpack},
     {"unpacking of codes", test_unpacking_of_codes},
     {"refused scales", test_refused_scales},
+    {"refused codes", test_refused_codes},
     {"conversion of weights", test_conversion_of_weights},
     {"conversion in kernels", test_conversion_in_kernels},
     {"activations", test_activations},

@@ -15,6 +15,10 @@ struct weight_view {
   std::ptrdiff_t stride_expert = 0, stride_n = 0, stride_k = 0;
 };
 
+// Throws std::invalid_argument unless the kernels have this format: of another they would ignore a part, or read what
+// is not there.
+void check_format(const weight_format& format);
+
 // A quantised weight, a byte for each code. Scale (and zero point) g of (expert, n) is that of the k of group g.
 // mxfp4's scales are powers of two.
 struct quantized_view {
@@ -78,7 +82,8 @@ class packed_weight {
   std::size_t bytes() const { return data_.bytes() + bias_.bytes(); }
 
   // One expert at a time, so that the source of each can be freed as soon as it has been read. Of a format of floats,
-  // and of the others.
+  // and of the others, which throws std::invalid_argument for codes, scales and zero points that the kernels cannot
+  // multiply.
   void pack(int expert, const weight_view& source);
   void pack(int expert, const quantized_view& source);
   void pack_bias(const bias_view& source);
