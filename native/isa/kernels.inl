@@ -23,10 +23,11 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
     set(format::f16, each_panel<gemm<fma_step<format::f16>>>);
   }
   set(format::bf16, each_panel<gemm<Step>>);
-  set(format::int8, gemm_int8<Step>);
-  set(format::int4, gemm_int4<Step>);
-  set(format::fp8, gemm_fp8<Step>);
-  set(format::mxfp4, gemm_mxfp4<Step>);
+  using codes = unpacked_step<Step>;
+  set(format::int8, gemm_int8<codes>);
+  set(format::int4, gemm_int4<codes>);
+  set(format::fp8, gemm_fp8<codes>);
+  set(format::mxfp4, gemm_mxfp4<codes>);
   set(format::int8_dyn, each_panel<gemm_int8_dyn<dot, 4>>);
   t.rows = rows;
   t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows>, activate<block<float, 1, 1>>};

@@ -1,15 +1,3 @@
-// The bytes of bf16 integers.
-struct alignas(16) int4_bytes {
-  std::uint8_t low[16] = {}, high[16] = {};
-  constexpr int4_bytes() {
-    for (int i = 0; i < 16; ++i) {
-      low[i] = static_cast<std::uint8_t>(as_u32(static_cast<float>(i)) >> 16);
-      high[i] = static_cast<std::uint8_t>(as_u32(static_cast<float>(i)) >> 24);
-    }
-  }
-};
-inline constexpr int4_bytes int4_magnitudes{};
-
 // Eight lanes: AVX2, FMA, F16C.
 struct vec {
   static constexpr int lanes = 8;
@@ -18,6 +6,10 @@ struct vec {
   static constexpr int tile_vectors(int rows) { return rows <= 3 ? 4 : 2; }
 
   using f32 = __m256;
+
+  // sum = fma(a, b, sum), in the register that holds the sum: gcc would write sums over factors, and run out of
+  // registers.
+  static void accumulate(f32& sum, f32 a, f32 b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 
   static f32 zero() { return _mm256_setzero_ps(); }
   static f32 set1(float x) { return _mm256_set1_ps(x); }
@@ -73,107 +65,77 @@ struct vec {
     _mm_storel_epi64(static_cast<__m128i*>(p), _mm_packs_epi16(words, words));
   }
 
-  // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
+  // Of 64 bytes of codes, those of k and columns [8 v, 8 v + 8) in fp32. A code u in the lowest bits of a lane becomes
+  // a float by setting the exponent of 2^23 above it, which is 2^23 + u; subtracting is exact.
+  static constexpr bool decodes_to_floats = true;
+
   struct int8_decoder {
-    void operator()(const char* codes, char* out) const {
-      const __m256i zero = _mm256_setzero_si256();
-      KT_UNROLLED (part, 2) {  // codes in the upper bytes of words
-        const __m256i x = load_codes(codes, part);
-        put(_mm256_unpacklo_epi8(zero, x), out + 32 * part);
-        put(_mm256_unpackhi_epi8(zero, x), out + 64 + 32 * part);
-      }
+    [[gnu::always_inline]] f32 at(const char* codes, int k, int v) const {
+      const __m256i x = load_codes(codes, v % 2), zero = _mm256_setzero_si256();
+      const __m256i words = v < 2 ? _mm256_unpacklo_epi8(x, zero) : _mm256_unpackhi_epi8(x, zero);
+      const __m256i code = k ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(255));
+      const __m256i sum = _mm256_xor_si256(code, _mm256_set1_epi32(0x4b000080));  // u is the code + 128
+      return _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(0x1p23f + 128.0f));
     }
-
-   private:
-    static void put(__m256i words, char* out) {
-      const __m256i even = as_float(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 24));
-      const __m256i odd = as_float(_mm256_srai_epi32(words, 24));
-      store_codes(out, _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
-    }
-    static __m256i as_float(__m256i i) { return _mm256_castps_si256(_mm256_cvtepi32_ps(i)); }
   };
 
-  // e4m3 is fp16 with fewer bits, times 2^8.
+  // The bytes of bf16: e4m3 has the same mantissa with fewer bits, and an exponent that is 120 less, but for numbers
+  // below 2^-6, which are in tables.
   struct fp8_decoder {
-    void operator()(const char* codes, char* out) const {
-      const __m256i zero = _mm256_setzero_si256();
-      KT_UNROLLED (part, 2) {
-        const __m256i x = load_codes(codes, part);
-        put(_mm256_unpacklo_epi8(zero, x), out + 32 * part);
-        put(_mm256_unpackhi_epi8(zero, x), out + 64 + 32 * part);
-      }
-    }
-
-   private:
-    static void put(__m256i upper, char* out) {  // codes in the upper bytes of words
-      const __m256i magnitude = _mm256_and_si256(_mm256_srli_epi16(upper, 1), _mm256_set1_epi16(0x3f80));
-      const __m256i half = _mm256_or_si256(magnitude, _mm256_and_si256(upper, _mm256_set1_epi16(-0x8000)));
-      const __m256i low = high_words(_mm256_castsi256_si128(half));
-      const __m256i high = high_words(_mm256_extracti128_si256(half, 1));
-      store_codes(out, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
+    [[gnu::always_inline]] f32 at(const char* codes, int k, int v) const {
+      const __m256i x = load_codes(codes, v % 2);
+      const __m256i index = _mm256_min_epu8(_mm256_and_si256(x, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(8));
+      const __m256i exponent = _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(7));
+      const __m256i high =
+          _mm256_add_epi8(exponent, _mm256_shuffle_epi8(table(0, 59, 59, 59, 60, 60, 60, 60, 60), index));
+      const __m256i mantissa = _mm256_and_si256(_mm256_slli_epi16(x, 4), _mm256_set1_epi8(-16));
+      const __m256i low = _mm256_xor_si256(
+          mantissa, _mm256_shuffle_epi8(table(0, 0x10, -0x60, -0x10, 0x40, 0x70, 0x20, 0x10, 0), index));
+      const __m256i top = _mm256_or_si256(high, _mm256_and_si256(x, _mm256_set1_epi8(-128)));
+      const __m256i both = v < 2 ? _mm256_unpacklo_epi8(low, top) : _mm256_unpackhi_epi8(low, top);
+      return k ? _mm256_castsi256_ps(_mm256_and_si256(both, high_half()))
+               : _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     }
   };
 
-  // The bytes of a bf16 integer come from two tables, by its magnitude.
   template <bool Zeros>
   struct int4_decoder {
-    __m256i low, high, zero[4];
+    f32 bias[4];
     explicit int4_decoder(const char* zeros) {
-      low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(int4_magnitudes.low)));
-      high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(int4_magnitudes.high)));
-      KT_UNROLLED (part, 4) {  // columns [8 part, 8 part + 8)
-        zero[part] = _mm256_set1_epi16(8);
-        if constexpr (Zeros) {
-          const __m256i z = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * part)));
-          zero[part] = _mm256_or_si256(z, _mm256_slli_epi32(z, 16));
-        }
+      KT_UNROLLED (v, 4) {
+        const f32 power = _mm256_set1_ps(v < 2 ? 0x1p23f : 0x1p19f);
+        bias[v] = _mm256_add_ps(power, Zeros ? bytes_to_floats(zeros + 8 * v) : _mm256_set1_ps(8.0f));
       }
     }
-    void operator()(const char* codes, char* out) const {
-      KT_UNROLLED (part, 2) {
-        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + part);
-        KT_UNROLLED (i, 4) {
-          const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, 4 * i), _mm256_set1_epi16(15));
-          const __m256i value = _mm256_sub_epi16(code, zero[i % 2 * 2 + part]);
-          // The upper byte of each index reads beyond the table, as zero.
-          const __m256i index = _mm256_or_si256(_mm256_abs_epi16(value), _mm256_set1_epi16(-0x8000));
-          const __m256i bits =
-              _mm256_or_si256(_mm256_shuffle_epi8(low, index), _mm256_slli_epi16(_mm256_shuffle_epi8(high, index), 8));
-          const __m256i sign = _mm256_and_si256(value, _mm256_set1_epi16(-0x8000));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 2 * i + part, _mm256_or_si256(bits, sign));
-        }
-      }
+    [[gnu::always_inline]] f32 at(const char* codes, int k, int v) const {
+      const __m256i two = _mm256_srli_epi32(load_codes(codes, v % 2), k % 2 * 16 + k / 2 * 8);
+      const __m256i code = _mm256_and_si256(two, _mm256_set1_epi32(v < 2 ? 0x0f : 0xf0));
+      // The upper code stays where it is, below the exponent of 2^19.
+      const __m256i sum = _mm256_or_si256(code, _mm256_set1_epi32(v < 2 ? 0x4b000000 : 0x49000000));
+      return _mm256_sub_ps(_mm256_castsi256_ps(sum), bias[v]);
     }
   };
 
-  // e2m1 times a power of two, which is added to the exponents of what is not zero.
+  // e2m1 by a table of values * 2 + 16, which go below an exponent so that they become 24 + value; times a power of
+  // two.
   struct mxfp4_decoder {
-    __m256i low, high, exponent[4];
+    __m256i magic[4];  // 16 times the scale
     explicit mxfp4_decoder(const char* scales) {
-      low = _mm256_broadcastsi128_si256(
-          _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
-      high = _mm256_broadcastsi128_si256(
-          _mm_setr_epi8(0, 63, 63, 63, 64, 64, 64, 64, -128, -65, -65, -65, -64, -64, -64, -64));
-      KT_UNROLLED (part, 4) {
-        const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + 8 * part)));
-        const __m256i both = _mm256_or_si256(e, _mm256_slli_epi32(e, 16));
-        exponent[part] = _mm256_slli_epi16(_mm256_sub_epi16(both, _mm256_set1_epi16(127)), 7);
-      }
+      KT_UNROLLED (v, 4)
+        magic[v] = _mm256_slli_epi32(_mm256_add_epi32(bytes_to_ints(scales + 8 * v), _mm256_set1_epi32(4)), 23);
     }
-    void operator()(const char* codes, char* out) const {
-      KT_UNROLLED (part, 2) {
-        const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + part);
-        KT_UNROLLED (i, 4) {
-          const __m256i code = _mm256_and_si256(_mm256_srli_epi16(x, 4 * i), _mm256_set1_epi16(15));
-          const __m256i index = _mm256_or_si256(code, _mm256_set1_epi16(-0x8000));
-          const __m256i bits =
-              _mm256_or_si256(_mm256_shuffle_epi8(low, index), _mm256_slli_epi16(_mm256_shuffle_epi8(high, index), 8));
-          const __m256i zero =
-              _mm256_cmpeq_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7fff)), _mm256_setzero_si256());
-          const __m256i y = _mm256_add_epi16(bits, _mm256_andnot_si256(zero, exponent[i % 2 * 2 + part]));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 2 * i + part, y);
-        }
-      }
+    [[gnu::always_inline]] f32 at(const char* codes, int k, int v) const {
+      const __m256i x = load_codes(codes, v % 2);
+      const __m256i index = _mm256_and_si256(v < 2 ? x : _mm256_srli_epi32(x, 4), _mm256_set1_epi8(15));
+      const __m256i four =
+          _mm256_shuffle_epi8(table(16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4), index);
+      const int bit = k % 2 * 16 + k / 2 * 8;
+      const __m256i value =
+          _mm256_and_si256(bit < 18 ? _mm256_slli_epi32(four, 18 - bit) : _mm256_srli_epi32(four, bit - 18),
+                           _mm256_set1_epi32(0x1f << 18));
+      const f32 sum = _mm256_castsi256_ps(_mm256_or_si256(value, magic[v]));
+      const __m256i bias = _mm256_or_si256(magic[v], _mm256_set1_epi32(1 << 22));
+      return _mm256_sub_ps(sum, _mm256_castsi256_ps(bias));
     }
   };
 
@@ -181,11 +143,16 @@ struct vec {
   static __m256i load_codes(const char* p, int part) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + part);
   }
-  static void store_codes(char* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
-  // The upper halves of fp16 numbers times 2^8 in fp32.
-  static __m256i high_words(__m128i f16) {
-    const __m256 x = _mm256_mul_ps(_mm256_cvtph_ps(f16), _mm256_set1_ps(256.0f));
-    return _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+  // Bytes by index, in both halves.
+  template <class... Bytes>
+  static __m256i table(Bytes... bytes) {
+    static_assert(sizeof...(bytes) <= 16);
+    alignas(16) const char all[16] = {static_cast<char>(bytes)...};
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(all)));
   }
+  static __m256i bytes_to_ints(const char* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static f32 bytes_to_floats(const char* p) { return _mm256_cvtepi32_ps(bytes_to_ints(p)); }
   static __m256i high_half() { return _mm256_set1_epi32(static_cast<int>(0xffff0000u)); }
 };

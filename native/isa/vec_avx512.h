@@ -37,6 +37,8 @@ struct vec {
 
   using f32 = __m512;
 
+  static void accumulate(f32& sum, f32 a, f32 b) { sum = fma(a, b, sum); }
+
   static f32 zero() { return _mm512_setzero_ps(); }
   static f32 set1(float x) { return _mm512_set1_ps(x); }
   static f32 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -88,6 +90,8 @@ struct vec {
   }
 
   // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
+  static constexpr bool decodes_to_floats = false;
+
 #ifdef __AVX512VBMI__
   struct byte_decoder {
     __m512i low[2], high[2];

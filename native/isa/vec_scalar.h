@@ -8,6 +8,8 @@ struct vec {
   using f32 = float;
   using i32 = std::int32_t;
 
+  static void accumulate(f32& sum, f32 a, f32 b) { sum = fma(a, b, sum); }
+
   static f32 zero() { return 0.0f; }
   static f32 set1(float x) { return x; }
   static f32 load(const float* p) { return *p; }
@@ -43,6 +45,8 @@ struct vec {
   static void store_int8(void* p, f32 x) { *static_cast<std::int8_t*>(p) = static_cast<std::int8_t>(x); }
 
   // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
+  static constexpr bool decodes_to_floats = false;
+
   struct int8_decoder {
     void operator()(const char* codes, char* out) const {
       decode2(codes, out, [](char code) { return static_cast<float>(static_cast<signed char>(code)); });

@@ -48,19 +48,26 @@ struct fma_step {
 
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const float* a) {
-    vec::f32 b[N];
-    KT_UNROLLED (n, N) b[n] = weights<W>::odd(w, n);
-    multiply(acc, b, a + M);
-    KT_UNROLLED (n, N) b[n] = weights<W>::even(w, n);
-    multiply(acc, b, a);
+    multiply(acc, a + M, [w](int n) { return weights<W>::odd(w, n); });
+    multiply(acc, a, [w](int n) { return weights<W>::even(w, n); });
   }
 
- private:
-  template <int M, int N>
-  [[gnu::always_inline]] static void multiply(vec::f32 (&acc)[M][N], const vec::f32 (&b)[N], const float* a) {
-    KT_UNROLLED (m, M) {
-      const vec::f32 x = vec::set1(a[m]);
-      KT_UNROLLED (n, N) acc[m][n] = vec::fma(x, b[n], acc[m][n]);
+  // The products of one k, with the weights b_at(n) of each vector. The fewer of both factors are held in registers.
+  template <int M, int N, class B>
+  [[gnu::always_inline]] static void multiply(vec::f32 (&acc)[M][N], const float* a, B b_at) {
+    vec::f32 x[M], b[N];
+    if constexpr (M < N) {
+      KT_UNROLLED (m, M) x[m] = vec::set1(a[m]);
+      KT_UNROLLED (n, N) {
+        b[n] = b_at(n);
+        KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], b[n]);
+      }
+    } else {
+      KT_UNROLLED (n, N) b[n] = b_at(n);
+      KT_UNROLLED (m, M) {
+        x[m] = vec::set1(a[m]);
+        KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x[m], b[n]);
+      }
     }
   }
 };
@@ -87,10 +94,9 @@ template <class Step, bool Stream, int M, int N>
 [[gnu::always_inline]] inline void sum_pairs(vec::f32 (&acc)[M][N], const char*& w, const typename Step::a_type*& a,
                                              std::size_t pairs, prefetch& fetch) {
   for (std::size_t p = 0; p < pairs; ++p) {
-    if constexpr (Stream) {
+    if constexpr (Stream)
       for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + fetch.distance + line);
-      for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
-    }
+    for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
     Step::run(acc, w, a);
     a += Step::a_per_row * M;
     w += Step::pair_bytes;

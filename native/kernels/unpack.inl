@@ -1,7 +1,14 @@
-// Codes of the quantised formats, a few rows of K at a time, as bf16 numbers in the layout of bf16 panels. They are
-// multiplied from there by the kernels of bf16, so that a format is one function here and one in `vec`.
+// Codes of the quantised formats, a few rows of K at a time, as bf16 numbers in the layout of bf16 panels, or as the
+// same numbers in fp32 where `vec` makes these faster. They are multiplied from there by the kernels of bf16 or fp32,
+// so that a format is one function here and one in `vec`.
 
-constexpr std::size_t chunk_k = 256;  // 16 KB of bf16: it stays in the first-level cache
+template <class Step>
+using unpacked_step = std::conditional_t<vec::decodes_to_floats, fma_step<format::f32>, Step>;
+
+// What is unpacked for many rows stays in the first-level cache.
+constexpr std::size_t unpacked_bytes = 16384;
+template <std::size_t PairBytes>
+constexpr std::size_t chunk_k = unpacked_bytes / PairBytes * 2;
 
 constexpr std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
@@ -16,41 +23,59 @@ inline void load_scales(scale_type type, const char* scales, float* to) {
   }
 }
 
-// The codes of four k (int4, mxfp4) or two k (int8, fp8), 64 bytes each, of a part of one group.
+// Decodes 64 bytes of codes of a part of one group, which are two k or four.
 template <format F, bool Zeros>
-struct unpacker;
-
-template <bool Zeros>
-struct unpacker<format::int8, Zeros> {
+struct decoder : vec::int8_decoder {
   static constexpr int k_step = 2;
-  const vec::int8_decoder decode;
-  explicit unpacker(const char*) : decode() {}
-  void operator()(const char* codes, char* out) const { decode(codes, out); }
+  explicit decoder(const char*) : vec::int8_decoder() {}
 };
-
 template <bool Zeros>
-struct unpacker<format::fp8, Zeros> {
+struct decoder<format::fp8, Zeros> : vec::fp8_decoder {
   static constexpr int k_step = 2;
-  const vec::fp8_decoder decode;
-  explicit unpacker(const char*) : decode() {}
-  void operator()(const char* codes, char* out) const { decode(codes, out); }
+  explicit decoder(const char*) : vec::fp8_decoder() {}
+};
+template <bool Zeros>
+struct decoder<format::int4, Zeros> : vec::template int4_decoder<Zeros> {
+  static constexpr int k_step = 4;
+  explicit decoder(const char* scales)
+      : vec::template int4_decoder<Zeros>(scales + 2 * panel_columns) {}  // scales have 16 bits
+};
+template <bool Zeros>
+struct decoder<format::mxfp4, Zeros> : vec::mxfp4_decoder {
+  static constexpr int k_step = 4;
+  explicit decoder(const char* scales) : vec::mxfp4_decoder(scales) {}
 };
 
-template <bool Zeros>
-struct unpacker<format::int4, Zeros> {
-  static constexpr int k_step = 4;
-  const typename vec::template int4_decoder<Zeros> decode;
-  explicit unpacker(const char* scales) : decode(scales + 2 * panel_columns) {}  // scales have 16 bits
-  void operator()(const char* codes, char* out) const { decode(codes, out); }
-};
+template <format F, bool Zeros>
+[[gnu::always_inline]] inline void unpack(const decoder<F, Zeros>& decode, const char* codes, char* out) {
+  if constexpr (vec::decodes_to_floats) {
+    KT_UNROLLED (v, column_vectors) {
+      vec::f32 values[decoder<F, Zeros>::k_step];  // all of them before the first is stored over what might be codes
+      KT_UNROLLED (k, decode.k_step) values[k] = decode.at(codes, k, v);
+      KT_UNROLLED (k, decode.k_step)
+        vec::store(reinterpret_cast<float*>(out) + k * panel_columns + v * vec::lanes, values[k]);
+    }
+  } else {
+    decode(codes, out);
+  }
+}
 
-template <bool Zeros>
-struct unpacker<format::mxfp4, Zeros> {
-  static constexpr int k_step = 4;
-  const vec::mxfp4_decoder decode;
-  explicit unpacker(const char* scales) : decode(scales) {}
-  void operator()(const char* codes, char* out) const { decode(codes, out); }
-};
+// acc += rows * codes.
+template <class Step, format F, bool Zeros, int M, int N>
+[[gnu::always_inline]] inline void multiply_codes(vec::f32 (&acc)[M][N], const decoder<F, Zeros>& decode,
+                                                  const char* codes, const typename Step::a_type* a) {
+  if constexpr (vec::decodes_to_floats) {
+    KT_UNROLLED (i, decode.k_step) {
+      const int k = i ^ 1;  // odd before even
+      Step::multiply(acc, a + k * M, [&](int n) { return decode.at(codes, k, n); });
+    }
+  } else {
+    alignas(64) char unpacked[decoder<F, Zeros>::k_step / 2 * Step::pair_bytes];  // in registers, if the compiler can
+    unpack(decode, codes, unpacked);
+    KT_UNROLLED (pair, decode.k_step / 2)
+      Step::run(acc, unpacked + pair * Step::pair_bytes, a + pair * Step::a_per_row * M);
+  }
+}
 
 // Walks over the codes of a panel from k_begin, group by group.
 template <int KStep>
@@ -85,7 +110,7 @@ class group_walk {
 template <format F, bool Zeros>
 class code_reader {
  public:
-  using each = unpacker<F, Zeros>;
+  using each = decoder<F, Zeros>;
   using walk = group_walk<each::k_step>;
   code_reader(const gemm_job& job, int panel)
       : panel_(static_cast<const char*>(job.panel) + panel * job.layout->bytes()),
@@ -98,11 +123,11 @@ class code_reader {
 
   const char* at(std::size_t offset) const { return panel_ + offset; }
 
-  // bf16 of the codes at an offset: k_step of k, in the group of `unpack`.
-  [[gnu::always_inline]] void read(const each& unpack, std::size_t offset, char* out) const {
+  // The codes at an offset, k_step of k.
+  [[gnu::always_inline]] const char* read(std::size_t offset) const {
     prefetch_l1(panel_ + offset + distance_);
     prefetch_l2(ahead_ + offset);
-    unpack(panel_ + offset, out);
+    return panel_ + offset;
   }
   void fetch_scales(std::size_t offset) const {
     for (std::size_t i = 0; i < scale_bytes_; i += 64) {
@@ -117,21 +142,21 @@ class code_reader {
   const std::size_t scale_bytes_, distance_;
 };
 
-// bf16 of k up to `end`, group by group. Calls each_group(offset of the scales).
-template <format F, bool Zeros, class EachGroup>
+// The numbers of k up to `end`, group by group. Calls each_group(offset of the scales). Fetches nothing: codes come in
+// while the chunk before them is multiplied.
+template <std::size_t PairBytes, format F, bool Zeros, class EachGroup>
 [[gnu::always_inline]] inline void read_chunk(const code_reader<F, Zeros>& reader,
                                               typename code_reader<F, Zeros>::walk& walk, std::size_t end, char* out,
                                               EachGroup each_group) {
   using each = typename code_reader<F, Zeros>::each;
   while (walk.k() < end) {
     const std::size_t scales = walk.scales(), stop = walk.stop(end);
-    const each unpack(reader.at(scales));
+    const each decode(reader.at(scales));
     std::size_t at = walk.codes();
     for (std::size_t k = walk.k(); k < stop; k += each::k_step, at += 64) {
-      reader.read(unpack, at, out);
-      out += each::k_step * panel_columns * 2;
+      unpack(decode, reader.at(at), out);
+      out += each::k_step / 2 * PairBytes;
     }
-    reader.fetch_scales(scales);
     each_group(scales);
     walk.go_to(stop);
   }
@@ -162,17 +187,13 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
   for (typename reader_type::walk walk(job); walk.k() < job.k_end;) {
     const std::size_t k = walk.k(), stop = walk.stop(job.k_end);
     scales_at = walk.scales();
-    const typename reader_type::each unpack[2] = {typename reader_type::each(readers[0].at(scales_at)),
+    const typename reader_type::each decode[2] = {typename reader_type::each(readers[0].at(scales_at)),
                                                   typename reader_type::each(readers[1].at(scales_at))};
     if (Grouped) start(acc, c, true);
     const std::size_t end = walk.codes() + (stop - k) / step * 64;
     for (std::size_t at = walk.codes(); at < end; at += 64) {
-      alignas(64) char bf16[Panels][step * panel_columns * 2];  // in registers, where the compiler can
-      KT_UNROLLED (p, Panels) readers[p].read(unpack[p], at, bf16[p]);
-      KT_UNROLLED (pair, step / 2) {
-        KT_UNROLLED (p, Panels) Step::run(acc[p], bf16[p] + pair * Step::pair_bytes, a);
-        a += Step::a_per_row * M;
-      }
+      KT_UNROLLED (p, Panels) multiply_codes<Step>(acc[p], decode[p], readers[p].read(at), a);
+      a += step / 2 * Step::a_per_row * M;
     }
     KT_UNROLLED (p, Panels) {
       readers[p].fetch_scales(scales_at);
@@ -242,31 +263,50 @@ bool small_job(const gemm_job& job) {
   return true;
 }
 
-constexpr auto no_fetch = [](int) { return prefetch{}; };
+// The codes of the chunk to come, fetched while the first tile multiplies the present one of so many pairs.
+class chunk_fetch {
+ public:
+  chunk_fetch(const gemm_job& job, std::size_t end, std::size_t chunk, std::size_t pairs) {
+    const panel_layout& l = *job.layout;
+    const bool here = end < job.k_end;
+    const std::size_t begin = here ? end : job.k_begin, offset = l.code_offset(begin);
+    const std::size_t bytes = l.code_offset(least(begin + chunk, job.k_end)) - offset;
+    from_ = static_cast<const char*>(here ? job.panel : job.next);
+    if (!from_) return;
+    if (here) from_ += offset;
+    lines_ = static_cast<int>((bytes / 64 + pairs - 1) / pairs);
+  }
+  prefetch operator()(int tile) const { return tile || !lines_ ? prefetch{} : prefetch{0, from_, lines_}; }
+
+ private:
+  const char* from_;
+  int lines_ = 0;
+};
 
 // One scale for each column and group of k.
 template <class Step, format F, bool Zeros>
 void gemm_grouped(const gemm_job& job) {
   if (small_job<Step, F, Zeros, true>(job)) return;
   if (job.panels > 1) return each_panel<gemm_grouped<Step, F, Zeros>>(job);
-  alignas(64) char bf16[chunk_k * panel_columns * 2];
-  alignas(64) float scales[chunk_k / 32 * panel_columns];
+  alignas(64) char unpacked[unpacked_bytes];
+  alignas(64) float scales[chunk_k<Step::pair_bytes> / 32 * panel_columns];
   const panel_layout& l = *job.layout;
   const code_reader<F, Zeros> reader(job, 0);
   typename code_reader<F, Zeros>::walk walk(job);
   if (job.k_begin == 0) __builtin_memset(job.c, 0, static_cast<std::size_t>(job.rows) * panel_columns * sizeof(float));
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
-    end = least(k + chunk_k, job.k_end);
+    end = least(k + chunk_k<Step::pair_bytes>, job.k_end);
     const std::size_t whole = (end - k) / l.group;
+    const chunk_fetch fetch(job, end, chunk_k<Step::pair_bytes>, (end - k) / 2);
     float* to = scales;
-    read_chunk(reader, walk, end, bf16, [&](std::size_t at) {
+    read_chunk<Step::pair_bytes>(reader, walk, end, unpacked, [&](std::size_t at) {
       load_scales(l.format.scale, reader.at(at), to);
       to += panel_columns;
     });
-    if (whole) tile_rows<Step, false>(job, bf16, k, l.group / 2, grouped{whole, scales}, no_fetch);
+    if (whole) tile_rows<Step, false>(job, unpacked, k, l.group / 2, grouped{whole, scales}, fetch);
     if (const std::size_t rest = end - k - whole * l.group)  // the last group of K is shorter
-      tile_rows<Step, false>(job, bf16 + whole * l.group * panel_columns * 2, end - rest, rest / 2,
-                             grouped{1, scales + whole * panel_columns}, no_fetch);
+      tile_rows<Step, false>(job, unpacked + whole * l.group / 2 * Step::pair_bytes, end - rest, rest / 2,
+                             grouped{1, scales + whole * panel_columns}, fetch);
   }
 }
 
@@ -275,7 +315,7 @@ template <class Step, format F>
 void gemm_carried(const gemm_job& job) {
   if (small_job<Step, F, false, false>(job)) return;
   if (job.panels > 1) return each_panel<gemm_carried<Step, F>>(job);
-  alignas(64) char bf16[chunk_k * panel_columns * 2];
+  alignas(64) char unpacked[unpacked_bytes];
   alignas(64) float scales[panel_columns];
   const panel_layout& l = *job.layout;
   const code_reader<F, false> reader(job, 0);
@@ -283,10 +323,10 @@ void gemm_carried(const gemm_job& job) {
   const bool scaled = F != format::mxfp4 && job.k_end == l.k;
   if (scaled) load_scales(l.format.scale, reader.at(l.scale_offset(0)), scales);
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
-    end = least(k + chunk_k, job.k_end);
-    read_chunk(reader, walk, end, bf16, [](std::size_t) {});
-    tile_rows<Step, false>(job, bf16, k, (end - k) / 2, carried{k == 0, scaled && end == l.k ? scales : nullptr},
-                           no_fetch);
+    end = least(k + chunk_k<Step::pair_bytes>, job.k_end);
+    read_chunk<Step::pair_bytes>(reader, walk, end, unpacked, [](std::size_t) {});
+    tile_rows<Step, false>(job, unpacked, k, (end - k) / 2, carried{k == 0, scaled && end == l.k ? scales : nullptr},
+                           chunk_fetch(job, end, chunk_k<Step::pair_bytes>, (end - k) / 2));
   }
 }
 

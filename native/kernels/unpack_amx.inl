@@ -40,6 +40,8 @@ inline void add_scaled(const float* sums, const float* scales, int rows, bool fi
     }
 }
 
+constexpr std::size_t bf16_pair = weights<format::bf16>::pair_bytes;
+
 template <format F, bool Zeros>
 void gemm_tiles_grouped(const gemm_job& job) {
   alignas(64) char bf16[128 * panel_columns * 2];  // the longest group
@@ -49,8 +51,8 @@ void gemm_tiles_grouped(const gemm_job& job) {
   tile_session session;
   while (walk.k() < job.k_end) {
     const std::size_t k = walk.k(), end = walk.stop(job.k_end);
-    read_chunk(reader, walk, end, bf16,
-               [&](std::size_t at) { load_scales(job.layout->format.scale, reader.at(at), scales); });
+    read_chunk<bf16_pair>(reader, walk, end, bf16,
+                          [&](std::size_t at) { load_scales(job.layout->format.scale, reader.at(at), scales); });
     tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, job.layout->k, k, end, sums, true});
     add_scaled(sums, scales, job.rows, k == 0, job.c);
   }
@@ -58,7 +60,7 @@ void gemm_tiles_grouped(const gemm_job& job) {
 
 template <format F>
 void gemm_tiles_carried(const gemm_job& job) {
-  alignas(64) char bf16[chunk_k * panel_columns * 2];
+  alignas(64) char bf16[unpacked_bytes];
   alignas(64) float scales[panel_columns];
   const panel_layout& l = *job.layout;
   const code_reader<F, false> reader(job, 0);
@@ -66,8 +68,8 @@ void gemm_tiles_carried(const gemm_job& job) {
   {
     tile_session session;
     for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
-      end = least(k + chunk_k, job.k_end);
-      read_chunk(reader, walk, end, bf16, [](std::size_t) {});
+      end = least(k + chunk_k<bf16_pair>, job.k_end);
+      read_chunk<bf16_pair>(reader, walk, end, bf16, [](std::size_t) {});
       tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, l.k, k, end, job.c, k == 0});
     }
   }
