@@ -21,41 +21,60 @@ float get_float(const void* p, dtype type, std::size_t i) {
   return type == dtype::f16 ? f16_to_f32(h) : as_f32(static_cast<std::uint32_t>(h) << 16);
 }
 
-// The (token, weight) pairs of each expert, tokens ascending.
+// The (token, weight) pairs of the experts that have any, experts and tokens ascending.
 struct routing {
-  std::vector<std::size_t> begin;  // rows of expert e: [begin[e], begin[e + 1])
+  std::vector<int> expert;
+  std::vector<std::size_t> begin;  // rows of expert[i]: [begin[i], begin[i + 1])
   std::vector<std::int32_t> token;
   std::vector<float> weight;
 };
 
-std::string bucket(const moe_arguments& a, std::size_t first_token, std::size_t tokens, int num_experts, routing& r) {
+// Costs nothing for experts without tokens: `counts` is zero for all experts before and after.
+std::string bucket(const moe_arguments& a, std::size_t first_token, std::size_t tokens, int num_experts,
+                   std::vector<std::size_t>& counts, routing& r) {
   const std::size_t slots = tokens * a.top_k, first_slot = first_token * a.top_k;
   const auto id_at = [&](std::size_t i) -> std::int64_t {
     return a.ids_type == id_type::i64 ? static_cast<const std::int64_t*>(a.ids)[first_slot + i]
                                       : static_cast<const std::int32_t*>(a.ids)[first_slot + i];
   };
-  r.begin.assign(num_experts + 1, 0);
+  const auto weight_at = [&](std::size_t i) { return get_float(a.weights, a.weights_type, first_slot + i); };
+  const auto slot_name = [&](const char* tensor, std::size_t i) {
+    return std::string(tensor) + "[" + std::to_string(first_token + i / a.top_k) + ", " + std::to_string(i % a.top_k) +
+           "] is ";
+  };
   for (std::size_t i = 0; i < slots; ++i) {
-    const std::int64_t id = id_at(i);
-    if (id < 0)
-      return "topk_ids[" + std::to_string(first_token + i / a.top_k) + ", " + std::to_string(i % a.top_k) + "] is " +
-             std::to_string(id) + "; ids are 0 or more (ids >= num_experts are skipped)";
-    if (id < num_experts) ++r.begin[id + 1];
+    if (id_at(i) < 0)
+      return slot_name("topk_ids", i) + std::to_string(id_at(i)) +
+             "; ids are 0 or more (ids >= num_experts are skipped)";
+    if (id_at(i) < num_experts && !std::isfinite(weight_at(i)))
+      return slot_name("topk_weights", i) + std::to_string(weight_at(i)) + "; routing weights must be finite";
   }
-  for (int e = 0; e < num_experts; ++e) r.begin[e + 1] += r.begin[e];
-  r.token.resize(r.begin[num_experts]);
-  r.weight.resize(r.begin[num_experts]);
-  std::vector<std::size_t> next(r.begin.begin(), r.begin.end() - 1);
+  if (counts.size() < static_cast<std::size_t>(num_experts)) counts.resize(num_experts);
+  // From here on nothing throws, so that the counts are zero again in any case.
+  const std::size_t most = std::min(slots, static_cast<std::size_t>(num_experts));
+  r.expert.clear();
+  r.expert.reserve(most);
+  r.begin.reserve(most + 1);
+  r.token.reserve(slots);
+  r.weight.reserve(slots);
+  for (std::size_t i = 0; i < slots; ++i)
+    if (const std::int64_t id = id_at(i); id < num_experts && counts[id]++ == 0)
+      r.expert.push_back(static_cast<int>(id));
+  std::sort(r.expert.begin(), r.expert.end());
+  r.begin.assign(1, 0);
+  for (const int e : r.expert) {
+    r.begin.push_back(r.begin.back() + counts[e]);
+    counts[e] = r.begin[r.begin.size() - 2];  // where its next row goes
+  }
+  r.token.resize(r.begin.back());
+  r.weight.resize(r.begin.back());
   for (std::size_t i = 0; i < slots; ++i) {
     const std::int64_t id = id_at(i);
     if (id >= num_experts) continue;
-    const float w = get_float(a.weights, a.weights_type, first_slot + i);
-    if (!std::isfinite(w))
-      return "topk_weights[" + std::to_string(first_token + i / a.top_k) + ", " + std::to_string(i % a.top_k) +
-             "] is " + std::to_string(w) + "; routing weights must be finite";
-    r.token[next[id]] = static_cast<std::int32_t>(i / a.top_k);
-    r.weight[next[id]++] = w;
+    r.token[counts[id]] = static_cast<std::int32_t>(i / a.top_k);
+    r.weight[counts[id]++] = weight_at(i);
   }
+  for (const int e : r.expert) counts[e] = 0;
   return {};
 }
 
@@ -72,11 +91,11 @@ struct item {
 // Blocks of near-equal size, of at most `most` rows.
 std::vector<block> cut_blocks(const routing& r, std::size_t most) {
   std::vector<block> blocks;
-  for (std::size_t e = 0; e + 1 < r.begin.size(); ++e) {
+  for (std::size_t e = 0; e < r.expert.size(); ++e) {
     const std::size_t rows = r.begin[e + 1] - r.begin[e], count = (rows + most - 1) / most;
     for (std::size_t i = 0; i < count; ++i) {
       const std::size_t begin = rows * i / count, end = rows * (i + 1) / count;
-      blocks.push_back({static_cast<int>(e), r.begin[e] + begin, static_cast<int>(end - begin)});
+      blocks.push_back({r.expert[e], r.begin[e] + begin, static_cast<int>(end - begin)});
     }
   }
   return blocks;
@@ -339,7 +358,8 @@ std::string context::moe(const experts& e, const kernel_table& kernels, const mo
   routing route;
   for (std::size_t first = 0; first < a.tokens; first += part) {
     const std::size_t tokens = std::min(part, a.tokens - first);
-    if (std::string wrong = bucket(a, first, tokens, e.shape.num_experts, route); !wrong.empty()) return wrong;
+    if (std::string wrong = bucket(a, first, tokens, e.shape.num_experts, scratch_->counts, route); !wrong.empty())
+      return wrong;
     layer_run(e, kernels, a, first, tokens, route, *scratch_).run(pool_, places_);
   }
   return {};

@@ -26,6 +26,7 @@ struct context_scratch {
   buffer rows;   // of the input: packed (linear), quantised (int8_dyn)
   buffer scale;  // int8_dyn: of each of them
   buffer probe;
+  std::vector<std::size_t> counts;  // of tokens, by expert; zero between calls
 };
 
 struct context::scratch : context_scratch {};
