@@ -33,9 +33,22 @@ def test_every_format_on_every_isa():
 def test_int8_rows_are_bounded_by_int8_arithmetic():
     assert roofline.arithmetic_of("int8_dyn", "avx2") == "int8/avx2"
     assert roofline.arithmetic_of("int8", "avx2") == "float/avx2"
-    peers = who.peer_contenders(["kt-kernel-int4", "transformers-eager"], threads=2, kt_threads=1)
+    peers = who.peer_contenders(["kt-kernel-int4", "transformers-eager"], threads=2, kt_threads=[1])
     assert [c.arithmetic.split("/")[0] for c in peers] == ["int8", "float"]
     assert [c.threads for c in peers] == [1, 2]
+
+
+def test_kt_kernel_runs_with_each_thread_count():
+    peers = who.peer_contenders(["kt-kernel-bf16", "transformers-eager"], threads=2, kt_threads=[1, 2, 1])
+    assert [(c.name, c.threads) for c in peers] == [
+        ("kt-kernel-bf16/1", 1),
+        ("kt-kernel-bf16/2", 2),
+        ("transformers-eager", 2),
+    ]
+    assert [len(group) for group in who.processes(peers)] == [1, 1, 1]
+    shape = PRESETS["mixtral-8x7b"]
+    both, one = (who.needed_bytes(c, shape, 1) for c in (peers[:2], peers[:1]))
+    assert both - one > 2 * 8 * shape.expert_weights
 
 
 def test_peers_are_chosen_by_name(monkeypatch):
@@ -53,7 +66,7 @@ def test_peers_are_chosen_by_name(monkeypatch):
 
 def test_processes_share_weights_but_not_crashes():
     ours = who.our_contenders(["bf16", "fp32"], ["scalar"], 1)
-    peers = who.peer_contenders(who.PEERS, 1, 1)
+    peers = who.peer_contenders(who.PEERS, 1, [1])
     groups = [{c.name for c in group} for group in who.processes((*ours, *peers))]
     assert sorted(map(len, groups)) == [1, 1, 1, 1, 2, 2]
     assert {c.name for c in ours} in groups

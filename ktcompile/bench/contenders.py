@@ -14,7 +14,7 @@ from ktcompile.bench import roofline
 from ktcompile.bench.shapes import MoeShape
 from ktcompile.quant import resolve_format
 
-OURS = "ktcompile"
+OURS, KT_KERNEL = "ktcompile", "kt-kernel"
 DEFAULT_FORMATS = ("bf16", "int8", "int4")
 
 # How far above its format's error budget a result may be, and the rounding of the result itself to bf16.
@@ -72,10 +72,10 @@ class Peer:
 PEERS = {
     "transformers-eager": Peer("transformers", "transformers", "eager", "bf16", 2, 0.005),
     "transformers-grouped_mm": Peer("transformers", "transformers", "grouped_mm", "bf16", 2, 0.005),
-    "kt-kernel-bf16": Peer("kt-kernel", "kt_kernel", "AMXBF16_MOE", "bf16", 2, 0.005),
-    "kt-kernel-int8": Peer("kt-kernel", "kt_kernel", "AMXInt8_MOE", "int8", 1, 0.03, "int8"),
-    "kt-kernel-int4": Peer("kt-kernel", "kt_kernel", "AMXInt4_MOE", "int4", 0.5, 0.3, "int8"),
-    "kt-kernel-avx2-bf16": Peer("kt-kernel", "kt_kernel", "AVX2BF16_MOE", "bf16", 2, 0.005),
+    "kt-kernel-bf16": Peer(KT_KERNEL, "kt_kernel", "AMXBF16_MOE", "bf16", 2, 0.005),
+    "kt-kernel-int8": Peer(KT_KERNEL, "kt_kernel", "AMXInt8_MOE", "int8", 1, 0.03, "int8"),
+    "kt-kernel-int4": Peer(KT_KERNEL, "kt_kernel", "AMXInt4_MOE", "int4", 0.5, 0.3, "int8"),
+    "kt-kernel-avx2-bf16": Peer(KT_KERNEL, "kt_kernel", "AVX2BF16_MOE", "bf16", 2, 0.005),
 }
 
 
@@ -100,12 +100,16 @@ def our_contenders(formats: Iterable[str], isas: Iterable[str], threads: int) ->
     return tuple(found)
 
 
-def peer_contenders(names: Iterable[str], threads: int, kt_threads: int) -> tuple[Contender, ...]:
-    """Return the peers called `names`, bounded by the fastest arithmetic of their kind."""
+def peer_contenders(names: Iterable[str], threads: int, kt_threads: Sequence[int]) -> tuple[Contender, ...]:
+    """Return the peers called `names`, bounded by the fastest arithmetic of their kind.
+
+    kt_threads: thread counts of kt-kernel, a contender each; the name says which where there are several.
+    """
     fastest = {kind: roofline.fastest_arithmetic(kind, threads) for kind in ("float", "int8")}
+    counts = tuple(dict.fromkeys(kt_threads))
     return tuple(
         Contender(
-            name=name,
+            name=name if peer.library != KT_KERNEL or len(counts) == 1 else f"{name}/{count}",
             library=peer.library,
             variant=peer.variant,
             weight_format=peer.weight_format,
@@ -113,9 +117,10 @@ def peer_contenders(names: Iterable[str], threads: int, kt_threads: int) -> tupl
             bytes_per_weight=peer.bytes_per_weight,
             error_limit=_error_limit(peer.error_budget),
             arithmetic=fastest[peer.arithmetic],
-            threads=kt_threads if peer.library == "kt-kernel" else threads,
+            threads=count,
         )
         for name, peer in ((name, PEERS[name]) for name in dict.fromkeys(names))
+        for count in (counts if peer.library == KT_KERNEL else (threads,))
     )
 
 
@@ -140,12 +145,12 @@ def choose_peers(names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]
 def processes(contenders: Iterable[Contender]) -> list[tuple[Contender, ...]]:
     """Return the contenders that share a process.
 
-    Those of ktcompile and of transformers share weights. kt-kernel has a process for each class: its threads
-    spin while they wait, and a class may end the process that it runs in.
+    Those of ktcompile and of transformers share weights. kt-kernel has a process for each class and thread count: its
+    threads spin while they wait, and a class may end the process that it runs in.
     """
 
-    def key(c: Contender) -> tuple[str, str]:
-        return c.library, c.variant if c.library == "kt-kernel" else ""
+    def key(c: Contender) -> tuple[str, str, int]:
+        return (c.library, c.variant, c.threads) if c.library == KT_KERNEL else (c.library, "", 0)
 
     return [tuple(group) for _, group in groupby(sorted(contenders, key=key), key)]
 
@@ -170,9 +175,12 @@ def fits_in_cache(contender: Contender, shape: MoeShape, cache_bytes: int) -> bo
 def needed_bytes(contenders: Iterable[Contender], shape: MoeShape, max_tokens: int) -> int:
     """Return the memory that all of them need at once; peers that copy contiguous weights are set up first."""
     # Contenders of ktcompile in one format share their weights, as do those of transformers.
-    packed = {(c.library, c.variant if c.library != "transformers" else ""): c for c in contenders}
+    packed = {
+        (c.library, "" if c.library == "transformers" else c.variant, c.threads if c.library == KT_KERNEL else 0): c
+        for c in contenders
+    }
     weights = sum(c.layers * _layer_bytes(c, shape) for c in packed.values())
-    copying = sum(c.layers * _layer_bytes(c, shape) for c in packed.values() if c.library == "kt-kernel")
+    copying = sum(c.layers * _layer_bytes(c, shape) for c in packed.values() if c.library == KT_KERNEL)
     source = 2 * shape.num_experts * shape.expert_weights if copying else 0
     rows = max_tokens * shape.top_k * (2 * shape.hidden_size + 3 * shape.intermediate_size) * 2
     groups = len(processes(contenders))

@@ -67,7 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--tokens", nargs="+", type=int, metavar="T", help="token counts (default: 1 4 16 64 256 1024)")
     add("--rounds", type=int, metavar="N", help="turns of each contender at each token count (default: 5)")
     add("--threads", type=int, metavar="N", help="threads of every contender (default: physical cores)")
-    add("--kt-kernel-threads", type=int, metavar="N", help="threads of kt-kernel, if fewer serve it better")
+    add("--kt-kernel-threads", type=int, nargs="+", metavar="N", help="thread counts of kt-kernel, if fewer serve it")
     add("--peers", nargs="+", metavar="NAME", default=["all"], help="all, none, or names (default: all installed)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--out", type=Path, metavar="FILE.json", help="write the results, after each round too")
@@ -114,8 +114,9 @@ def _benchmark(args: argparse.Namespace) -> KernelsBenchmark:
 
     for name in ("threads", "kt_kernel_threads", "rounds"):
         given = getattr(args, name)
-        if given is not None and given < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {given}; it must be 1 or more")
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and number < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {number}; it must be 1 or more")
     threads = args.threads or get_num_threads()
     isas = [machine().isa if isa == "best" else check_isa(isa, machine().isas) for isa in args.isas]
     ours = contenders.our_contenders(args.formats or contenders.DEFAULT_FORMATS, isas, threads)
@@ -123,7 +124,7 @@ def _benchmark(args: argparse.Namespace) -> KernelsBenchmark:
     return kernels.KernelsBenchmark(
         shapes=_shapes(args),
         cut_experts=args.experts is None,
-        contenders=(*ours, *contenders.peer_contenders(peers, threads, args.kt_kernel_threads or threads)),
+        contenders=(*ours, *contenders.peer_contenders(peers, threads, args.kt_kernel_threads or [threads])),
         tokens=tuple(dict.fromkeys(args.tokens or (_QUICK_TOKENS if args.quick else _TOKENS))),
         absent=absent,
         threads=threads,
