@@ -490,6 +490,13 @@ def test_patience_ends():
     assert experts.first_call is None
 
 
+def test_calls_without_tokens_take_no_patience():
+    experts, (x, ids, weights) = random_layer(sizes=(5, 8, 8)).pack(), random_inputs(2, sizes=(5, 8, 8))
+    for _ in range(2 * self_check._PATIENCE):
+        ops.moe(x[:0], ids[:0], weights[:0], experts)
+    assert experts.first_call is not None
+
+
 # ---- names, switch, threads, processes --------------------------------------------------------------------------
 
 
