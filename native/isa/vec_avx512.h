@@ -90,7 +90,7 @@ struct vec {
   }
 
   // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
-  static constexpr bool decodes_to_floats = false;
+  static constexpr bool decodes_to_floats = false;  // else decoders have `at`, as in vec_avx2.h
 
 #ifdef __AVX512VBMI__
   struct byte_decoder {

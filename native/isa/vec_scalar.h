@@ -45,7 +45,7 @@ struct vec {
   static void store_int8(void* p, f32 x) { *static_cast<std::int8_t*>(p) = static_cast<std::int8_t>(x); }
 
   // 64 bytes of codes to bf16 in the layout of bf16 panels (kt/layout.h).
-  static constexpr bool decodes_to_floats = false;
+  static constexpr bool decodes_to_floats = false;  // else decoders have `at`, as in vec_avx2.h
 
   struct int8_decoder {
     void operator()(const char* codes, char* out) const {
