@@ -293,6 +293,9 @@ def _kt_kernel(shape: Dimensions, threads: int, contenders: list[dict[str, Any]]
 
     made: Made = {}
     for c in contenders:
+        if not hasattr(ext.moe, c["variant"]):
+            made[c["name"]] = f"kt-kernel has no {c['variant']} for this CPU"
+            continue
         try:
             made[c["name"]] = make(c["variant"], c["layers"], c["max_tokens"])
         except (AttributeError, RuntimeError, TypeError) as error:
