@@ -150,7 +150,7 @@ def processes(contenders: Iterable[Contender]) -> list[tuple[Contender, ...]]:
     """
 
     def key(c: Contender) -> tuple[str, str, int]:
-        return (c.library, c.variant, c.threads) if c.library == KT_KERNEL else (c.library, "", 0)
+        return c.library, c.variant if c.library == KT_KERNEL else "", c.threads
 
     return [tuple(group) for _, group in groupby(sorted(contenders, key=key), key)]
 
@@ -175,10 +175,7 @@ def fits_in_cache(contender: Contender, shape: MoeShape, cache_bytes: int) -> bo
 def needed_bytes(contenders: Iterable[Contender], shape: MoeShape, max_tokens: int) -> int:
     """Return the memory that all of them need at once; peers that copy contiguous weights are set up first."""
     # Contenders of ktcompile in one format share their weights, as do those of transformers.
-    packed = {
-        (c.library, "" if c.library == "transformers" else c.variant, c.threads if c.library == KT_KERNEL else 0): c
-        for c in contenders
-    }
+    packed = {(c.library, "" if c.library == "transformers" else c.variant, c.threads): c for c in contenders}
     weights = sum(c.layers * _layer_bytes(c, shape) for c in packed.values())
     copying = sum(c.layers * _layer_bytes(c, shape) for c in packed.values() if c.library == KT_KERNEL)
     source = 2 * shape.num_experts * shape.expert_weights if copying else 0

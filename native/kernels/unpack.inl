@@ -142,9 +142,9 @@ class code_reader {
   const std::size_t scale_bytes_, distance_;
 };
 
-// The numbers of k up to `end`, group by group. Calls each_group(offset of the scales). Fetches nothing: codes come in
-// while the chunk before them is multiplied.
-template <std::size_t PairBytes, format F, bool Zeros, class EachGroup>
+// The numbers of k up to `end`, group by group. Calls each_group(offset of the scales). `Fetch`: codes to come are
+// fetched here; else that is the caller's, while it multiplies (chunk_fetch).
+template <std::size_t PairBytes, bool Fetch, format F, bool Zeros, class EachGroup>
 [[gnu::always_inline]] inline void read_chunk(const code_reader<F, Zeros>& reader,
                                               typename code_reader<F, Zeros>::walk& walk, std::size_t end, char* out,
                                               EachGroup each_group) {
@@ -154,9 +154,10 @@ template <std::size_t PairBytes, format F, bool Zeros, class EachGroup>
     const each decode(reader.at(scales));
     std::size_t at = walk.codes();
     for (std::size_t k = walk.k(); k < stop; k += each::k_step, at += 64) {
-      unpack(decode, reader.at(at), out);
+      unpack(decode, Fetch ? reader.read(at) : reader.at(at), out);
       out += each::k_step / 2 * PairBytes;
     }
+    if (Fetch) reader.fetch_scales(scales);
     each_group(scales);
     walk.go_to(stop);
   }
@@ -299,7 +300,7 @@ void gemm_grouped(const gemm_job& job) {
     const std::size_t whole = (end - k) / l.group;
     const chunk_fetch fetch(job, end, chunk_k<Step::pair_bytes>, (end - k) / 2);
     float* to = scales;
-    read_chunk<Step::pair_bytes>(reader, walk, end, unpacked, [&](std::size_t at) {
+    read_chunk<Step::pair_bytes, false>(reader, walk, end, unpacked, [&](std::size_t at) {
       load_scales(l.format.scale, reader.at(at), to);
       to += panel_columns;
     });
@@ -324,7 +325,7 @@ void gemm_carried(const gemm_job& job) {
   if (scaled) load_scales(l.format.scale, reader.at(l.scale_offset(0)), scales);
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
     end = least(k + chunk_k<Step::pair_bytes>, job.k_end);
-    read_chunk<Step::pair_bytes>(reader, walk, end, unpacked, [](std::size_t) {});
+    read_chunk<Step::pair_bytes, false>(reader, walk, end, unpacked, [](std::size_t) {});
     tile_rows<Step, false>(job, unpacked, k, (end - k) / 2, carried{k == 0, scaled && end == l.k ? scales : nullptr},
                            chunk_fetch(job, end, chunk_k<Step::pair_bytes>, (end - k) / 2));
   }

@@ -51,8 +51,8 @@ void gemm_tiles_grouped(const gemm_job& job) {
   tile_session session;
   while (walk.k() < job.k_end) {
     const std::size_t k = walk.k(), end = walk.stop(job.k_end);
-    read_chunk<bf16_pair>(reader, walk, end, bf16,
-                          [&](std::size_t at) { load_scales(job.layout->format.scale, reader.at(at), scales); });
+    read_chunk<bf16_pair, true>(reader, walk, end, bf16,
+                                [&](std::size_t at) { load_scales(job.layout->format.scale, reader.at(at), scales); });
     tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, job.layout->k, k, end, sums, true});
     add_scaled(sums, scales, job.rows, k == 0, job.c);
   }
@@ -69,7 +69,7 @@ void gemm_tiles_carried(const gemm_job& job) {
     tile_session session;
     for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
       end = least(k + chunk_k<bf16_pair>, job.k_end);
-      read_chunk<bf16_pair>(reader, walk, end, bf16, [](std::size_t) {});
+      read_chunk<bf16_pair, true>(reader, walk, end, bf16, [](std::size_t) {});
       tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, l.k, k, end, job.c, k == 0});
     }
   }
