@@ -334,7 +334,7 @@ def _sample(touched: list[int], packed: PackedExperts) -> list[int]:
     if not touched:
         return []
     number = packed.number
-    some = [touched[0], touched[-1], random.Random(number).choice(touched)]
+    some = [touched[0], touched[-1], random.Random(number).choice(touched[1:-1] or touched)]
     weights = 3 * packed.hidden_size * packed.intermediate_size
     return sorted(set(some)) if weights <= _SMALL else [some[number % 3]]
 
