@@ -13,9 +13,10 @@ struct dot_step {
   static constexpr std::size_t pair_bytes = 2 * panel_columns * 2;
   static constexpr std::size_t lane_bytes = 4;
   static constexpr int unpacked_tiles = 1 << 20;  // other units unpack while VDPBF16PS multiplies
+  static constexpr std::size_t short_group = 64;
 
   template <int M, int N>
-  [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const a_type* a) {
+  [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const a_type* a, std::size_t = M) {
     __m512bh b[N];
     KT_UNROLLED (n, N) b[n] = (__m512bh)_mm512_loadu_si512(w + n * 64);
     KT_UNROLLED (m, M) {

@@ -20,6 +20,9 @@ struct vec {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
   }
+  static f32 load_e8m0(const void* p) {  // powers of two, from 2^-126 on
+    return _mm256_castsi256_ps(_mm256_slli_epi32(bytes_to_ints(static_cast<const char*>(p)), 23));
+  }
   static f32 bf16_even(const void* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)), 16));
   }
@@ -116,14 +119,8 @@ struct vec {
     }
   };
 
-  // e2m1 by a table of values * 2 + 16, which go below an exponent so that they become 24 + value; times a power of
-  // two.
-  struct mxfp4_decoder {
-    __m256i magic[4];  // 16 times the scale
-    explicit mxfp4_decoder(const char* scales) {
-      KT_UNROLLED (v, 4)
-        magic[v] = _mm256_slli_epi32(_mm256_add_epi32(bytes_to_ints(scales + 8 * v), _mm256_set1_epi32(4)), 23);
-    }
+  // By a table of values * 2 + 16, which go below the exponent of 16 so that they become 24 + value.
+  struct e2m1_decoder {
     [[gnu::always_inline]] f32 at(const char* codes, int k, int v) const {
       const __m256i x = load_codes(codes, v % 2);
       const __m256i index = _mm256_and_si256(v < 2 ? x : _mm256_srli_epi32(x, 4), _mm256_set1_epi8(15));
@@ -133,9 +130,8 @@ struct vec {
       const __m256i value =
           _mm256_and_si256(bit < 18 ? _mm256_slli_epi32(four, 18 - bit) : _mm256_srli_epi32(four, bit - 18),
                            _mm256_set1_epi32(0x1f << 18));
-      const f32 sum = _mm256_castsi256_ps(_mm256_or_si256(value, magic[v]));
-      const __m256i bias = _mm256_or_si256(magic[v], _mm256_set1_epi32(1 << 22));
-      return _mm256_sub_ps(sum, _mm256_castsi256_ps(bias));
+      const __m256i sum = _mm256_or_si256(value, _mm256_castps_si256(_mm256_set1_ps(16.0f)));
+      return _mm256_sub_ps(_mm256_castsi256_ps(sum), _mm256_set1_ps(24.0f));
     }
   };
 

@@ -48,6 +48,10 @@ struct vec {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
   }
+  static f32 load_e8m0(const void* p) {  // powers of two, from 2^-126 on
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 23));
+  }
   static f32 bf16_even(const void* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   static f32 bf16_odd(const void* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high_half()));
@@ -113,7 +117,7 @@ struct vec {
     int8_decoder() : byte_decoder(int8_tables) {}
     void operator()(const char* codes, char* out) const {
       const __m512i x = _mm512_loadu_si512(codes);
-      put(_mm512_abs_epi8(x), x, out);
+      put(_mm512_max_epi8(x, _mm512_sub_epi8(_mm512_setzero_si512(), x)), x, out);  // VPABSB waits for FMA on Zen 4
     }
   };
   struct fp8_decoder : byte_decoder {
@@ -169,10 +173,7 @@ struct vec {
     explicit int4_decoder(const char* zeros) {
       table = _mm512_load_si512(int4_values<Zeros>.bf16);
       if constexpr (Zeros)
-        KT_UNROLLED (half, 2) {
-          const __m512i z = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros) + half));
-          zero[half] = _mm512_or_si512(z, _mm512_slli_epi32(z, 16));
-        }
+        KT_UNROLLED (half, 2) zero[half] = twice_bytes(zeros, half);
     }
     void operator()(const char* codes, char* out) const {
       const __m512i x = _mm512_loadu_si512(codes);
@@ -184,22 +185,23 @@ struct vec {
     }
   };
 
+  struct e2m1_decoder {
+    void operator()(const char* codes, char* out) const {
+      const __m512i x = _mm512_loadu_si512(codes), table = e2m1_values();
+      KT_UNROLLED (i, 4)
+        _mm512_storeu_si512(out + 64 * i, _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4 * i), table));
+    }
+  };
+
   // e2m1 times a power of two, which is added to the exponents of what is not zero.
-  struct mxfp4_decoder {
-    __m512i table, exponent[2];
-    explicit mxfp4_decoder(const char* scales) {
-      table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-          0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, -0x8000, static_cast<short>(0xbf00),
-          static_cast<short>(0xbf80), static_cast<short>(0xbfc0), static_cast<short>(0xc000),
-          static_cast<short>(0xc040), static_cast<short>(0xc080), static_cast<short>(0xc0c0)));
-      KT_UNROLLED (half, 2) {
-        const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales) + half));
-        const __m512i both = _mm512_or_si512(e, _mm512_slli_epi32(e, 16));
-        exponent[half] = _mm512_slli_epi16(_mm512_sub_epi16(both, _mm512_set1_epi16(127)), 7);
-      }
+  struct scaled_e2m1_decoder {
+    __m512i exponent[2];
+    explicit scaled_e2m1_decoder(const char* scales) {
+      KT_UNROLLED (half, 2)
+        exponent[half] = _mm512_slli_epi16(_mm512_sub_epi16(twice_bytes(scales, half), _mm512_set1_epi16(127)), 7);
     }
     void operator()(const char* codes, char* out) const {
-      const __m512i x = _mm512_loadu_si512(codes);
+      const __m512i x = _mm512_loadu_si512(codes), table = e2m1_values();
       KT_UNROLLED (i, 4) {
         const __m512i y = _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4 * i), table);
         const __mmask32 nonzero = _mm512_test_epi16_mask(y, _mm512_set1_epi16(0x7fff));
@@ -209,5 +211,17 @@ struct vec {
   };
 
  private:
+  // The bytes of sixteen columns, each as two words.
+  static __m512i twice_bytes(const char* p, int half) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + half));
+    return _mm512_or_si512(x, _mm512_slli_epi32(x, 16));
+  }
+  // In bf16, twice.
+  static __m512i e2m1_values() {
+    return _mm512_broadcast_i64x4(_mm256_setr_epi16(
+        0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, -0x8000, static_cast<short>(0xbf00),
+        static_cast<short>(0xbf80), static_cast<short>(0xbfc0), static_cast<short>(0xc000), static_cast<short>(0xc040),
+        static_cast<short>(0xc080), static_cast<short>(0xc0c0)));
+  }
   static __m512i high_half() { return _mm512_set1_epi32(static_cast<int>(0xffff0000u)); }
 };

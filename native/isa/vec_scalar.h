@@ -16,6 +16,9 @@ struct vec {
   static void store(float* p, f32 x) { *p = x; }
   static f32 load_f16(const void* p) { return f16_to_f32(bits16(p)); }
   static f32 load_bf16(const void* p) { return bf16_even(p); }
+  static f32 load_e8m0(const void* p) {  // powers of two, from 2^-126 on
+    return as_f32(static_cast<std::uint32_t>(*static_cast<const unsigned char*>(p)) << 23);
+  }
   static f32 bf16_even(const void* p) { return as_f32(static_cast<std::uint32_t>(bits16(p)) << 16); }
   static f32 bf16_odd(const void* p) { return bf16_even(static_cast<const char*>(p) + 2); }
   static void store_f16(void* p, f32 x) { put16(p, f32_to_f16(x)); }
@@ -68,20 +71,25 @@ struct vec {
       });
     }
   };
-  struct mxfp4_decoder {
-    const char* scales;
-    explicit mxfp4_decoder(const char* s) : scales(s) {}
+  struct e2m1_decoder {
     void operator()(const char* codes, char* out) const {
-      constexpr float magnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
-      decode4(codes, out, [&](unsigned code, int column) {
-        const float scale = as_f32(static_cast<std::uint32_t>(static_cast<unsigned char>(scales[column])) << 23);
-        const float x = magnitudes[code & 7u] * scale;
-        return as_u32(code & 8u ? -x : x);
-      });
+      decode4(codes, out, [](unsigned code, int) { return as_u32(e2m1(code)); });
+    }
+  };
+  struct scaled_e2m1_decoder {  // times powers of two
+    const char* scales;
+    explicit scaled_e2m1_decoder(const char* s) : scales(s) {}
+    void operator()(const char* codes, char* out) const {
+      decode4(codes, out,
+              [this](unsigned code, int column) { return as_u32(e2m1(code) * load_e8m0(scales + column)); });
     }
   };
 
  private:
+  static float e2m1(unsigned code) {
+    constexpr float magnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+    return code & 8u ? -magnitudes[code & 7u] : magnitudes[code & 7u];
+  }
   template <class F>
   static void decode2(const char* codes, char* out, F value) {
     for (int i = 0; i < 64; ++i) {

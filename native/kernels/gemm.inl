@@ -3,10 +3,10 @@
 constexpr int column_vectors = panel_columns / vec::lanes;
 
 // Rows are cut into `count` tiles that differ by at most one row.
-template <int most = vec::max_rows>
+template <int max_rows = vec::max_rows>
 struct tiling {
   int rows, count;
-  explicit tiling(int n) : rows(n), count((n + most - 1) / most) {}
+  explicit tiling(int n, int most = max_rows) : rows(n), count((n + most - 1) / most) {}
   int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
 };
 
@@ -45,10 +45,14 @@ struct fma_step {
   static constexpr std::size_t pair_bytes = weights<W>::pair_bytes;
   static constexpr std::size_t lane_bytes = W == format::f16 ? 2 : 4;
   static constexpr int unpacked_tiles = 2;  // for more, weights are unpacked once into memory
+  // Codes of groups up to this long are multiplied by half a tile at a time, so that what the groups add up to stays in
+  // registers too, and are unpacked twice.
+  static constexpr std::size_t short_group = 0;
 
+  // `stride`: rows that lie beside each other, of which M are multiplied.
   template <int M, int N>
-  [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const float* a) {
-    multiply(acc, a + M, [w](int n) { return weights<W>::odd(w, n); });
+  [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const float* a, std::size_t stride = M) {
+    multiply(acc, a + stride, [w](int n) { return weights<W>::odd(w, n); });
     multiply(acc, a, [w](int n) { return weights<W>::even(w, n); });
   }
 

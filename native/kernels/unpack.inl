@@ -18,39 +18,42 @@ inline void load_scales(scale_type type, const char* scales, float* to) {
       vec::store(to + c, vec::load(reinterpret_cast<const float*>(scales) + c));
     else if (type == scale_type::f16)
       vec::store(to + c, vec::load_f16(scales + 2 * c));
+    else if (type == scale_type::e8m0)
+      vec::store(to + c, vec::load_e8m0(scales + c));
     else
       vec::store(to + c, vec::load_bf16(scales + 2 * c));
   }
 }
 
-// Decodes 64 bytes of codes of a part of one group, which are two k or four.
-template <format F, bool Zeros>
+// Decodes 64 bytes of codes of a part of one group, which are two k or four. `Own`: with what the group has of its own,
+// the zero points of int4 or the powers of two of mxfp4.
+template <format F, bool Own>
 struct decoder : vec::int8_decoder {
   static constexpr int k_step = 2;
   explicit decoder(const char*) : vec::int8_decoder() {}
 };
-template <bool Zeros>
-struct decoder<format::fp8, Zeros> : vec::fp8_decoder {
+template <bool Own>
+struct decoder<format::fp8, Own> : vec::fp8_decoder {
   static constexpr int k_step = 2;
   explicit decoder(const char*) : vec::fp8_decoder() {}
 };
-template <bool Zeros>
-struct decoder<format::int4, Zeros> : vec::template int4_decoder<Zeros> {
+template <bool Own>
+struct decoder<format::int4, Own> : vec::template int4_decoder<Own> {
   static constexpr int k_step = 4;
   explicit decoder(const char* scales)
-      : vec::template int4_decoder<Zeros>(scales + 2 * panel_columns) {}  // scales have 16 bits
+      : vec::template int4_decoder<Own>(scales + 2 * panel_columns) {}  // scales have 16 bits
 };
-template <bool Zeros>
-struct decoder<format::mxfp4, Zeros> : vec::mxfp4_decoder {
+template <>
+struct decoder<format::mxfp4, false> : vec::e2m1_decoder {
   static constexpr int k_step = 4;
-  explicit decoder(const char* scales) : vec::mxfp4_decoder(scales) {}
+  explicit decoder(const char*) {}
 };
 
-template <format F, bool Zeros>
-[[gnu::always_inline]] inline void unpack(const decoder<F, Zeros>& decode, const char* codes, char* out) {
+template <format F, bool Own>
+[[gnu::always_inline]] inline void unpack(const decoder<F, Own>& decode, const char* codes, char* out) {
   if constexpr (vec::decodes_to_floats) {
     KT_UNROLLED (v, column_vectors) {
-      vec::f32 values[decoder<F, Zeros>::k_step];  // all of them before the first is stored over what might be codes
+      vec::f32 values[decoder<F, Own>::k_step];  // all of them before the first is stored over what might be codes
       KT_UNROLLED (k, decode.k_step) values[k] = decode.at(codes, k, v);
       KT_UNROLLED (k, decode.k_step)
         vec::store(reinterpret_cast<float*>(out) + k * panel_columns + v * vec::lanes, values[k]);
@@ -60,20 +63,21 @@ template <format F, bool Zeros>
   }
 }
 
-// acc += rows * codes.
-template <class Step, format F, bool Zeros, int M, int N>
-[[gnu::always_inline]] inline void multiply_codes(vec::f32 (&acc)[M][N], const decoder<F, Zeros>& decode,
-                                                  const char* codes, const typename Step::a_type* a) {
+// acc += rows * codes, of M rows out of `stride` that lie beside each other.
+template <class Step, format F, bool Own, int M, int N>
+[[gnu::always_inline]] inline void multiply_codes(vec::f32 (&acc)[M][N], const decoder<F, Own>& decode,
+                                                  const char* codes, const typename Step::a_type* a,
+                                                  std::size_t stride) {
   if constexpr (vec::decodes_to_floats) {
     KT_UNROLLED (i, decode.k_step) {
       const int k = i ^ 1;  // odd before even
-      Step::multiply(acc, a + k * M, [&](int n) { return decode.at(codes, k, n); });
+      Step::multiply(acc, a + k * stride, [&](int n) { return decode.at(codes, k, n); });
     }
   } else {
-    alignas(64) char unpacked[decoder<F, Zeros>::k_step / 2 * Step::pair_bytes];  // in registers, if the compiler can
+    alignas(64) char unpacked[decoder<F, Own>::k_step / 2 * Step::pair_bytes];  // in registers, if the compiler can
     unpack(decode, codes, unpacked);
     KT_UNROLLED (pair, decode.k_step / 2)
-      Step::run(acc, unpacked + pair * Step::pair_bytes, a + pair * Step::a_per_row * M);
+      Step::run(acc, unpacked + pair * Step::pair_bytes, a + pair * Step::a_per_row * stride, stride);
   }
 }
 
@@ -107,10 +111,10 @@ class group_walk {
 };
 
 // Reads a panel, fetching the same part of the panel to come.
-template <format F, bool Zeros>
+template <format F, bool Own>
 class code_reader {
  public:
-  using each = decoder<F, Zeros>;
+  using each = decoder<F, Own>;
   using walk = group_walk<each::k_step>;
   code_reader(const gemm_job& job, int panel)
       : panel_(static_cast<const char*>(job.panel) + panel * job.layout->bytes()),
@@ -144,11 +148,11 @@ class code_reader {
 
 // The numbers of k up to `end`, group by group. Calls each_group(offset of the scales). `Fetch`: codes to come are
 // fetched here; else that is the caller's, while it multiplies (chunk_fetch).
-template <std::size_t PairBytes, bool Fetch, format F, bool Zeros, class EachGroup>
-[[gnu::always_inline]] inline void read_chunk(const code_reader<F, Zeros>& reader,
-                                              typename code_reader<F, Zeros>::walk& walk, std::size_t end, char* out,
+template <std::size_t PairBytes, bool Fetch, format F, bool Own, class EachGroup>
+[[gnu::always_inline]] inline void read_chunk(const code_reader<F, Own>& reader,
+                                              typename code_reader<F, Own>::walk& walk, std::size_t end, char* out,
                                               EachGroup each_group) {
-  using each = typename code_reader<F, Zeros>::each;
+  using each = typename code_reader<F, Own>::each;
   while (walk.k() < end) {
     const std::size_t scales = walk.scales(), stop = walk.stop(end);
     const each decode(reader.at(scales));
@@ -171,10 +175,11 @@ template <int P, int M, int N>
         acc[p][m][n] = zero ? vec::zero() : vec::load(c + (p * M + m) * panel_columns + n * vec::lanes);
 }
 
-// A tile of one or two panels that is unpacked as it is multiplied: `a` and `c` are those of the tile.
-template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
-[[gnu::noinline]] void small_tile(const gemm_job& job, const typename Step::a_type* a, float* c) {
-  using reader_type = code_reader<F, Zeros>;
+// M rows of a tile of `stride` and one or two panels, which are unpacked as they are multiplied: `a` and `c` are those
+// of the first row.
+template <class Step, format F, bool Own, bool Grouped, int M, int Panels>
+[[gnu::noinline]] void small_tile(const gemm_job& job, const typename Step::a_type* a, std::size_t stride, float* c) {
+  using reader_type = code_reader<F, Own>;
   constexpr int n = column_vectors, step = reader_type::each::k_step;
   // Whether what the groups add up to stays in registers too.
   constexpr bool in_registers = Grouped && 2 * Panels * M * n <= vec::accumulators;
@@ -192,9 +197,10 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
                                                   typename reader_type::each(readers[1].at(scales_at))};
     if (Grouped) start(acc, c, true);
     const std::size_t end = walk.codes() + (stop - k) / step * 64;
+#pragma GCC unroll 2
     for (std::size_t at = walk.codes(); at < end; at += 64) {
-      KT_UNROLLED (p, Panels) multiply_codes<Step>(acc[p], decode[p], readers[p].read(at), a);
-      a += step / 2 * Step::a_per_row * M;
+      KT_UNROLLED (p, Panels) multiply_codes<Step>(acc[p], decode[p], readers[p].read(at), a, stride);
+      a += step / 2 * Step::a_per_row * stride;
     }
     KT_UNROLLED (p, Panels) {
       readers[p].fetch_scales(scales_at);
@@ -214,7 +220,7 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
     walk.go_to(stop);
   }
   if (Grouped && !in_registers) return;
-  const bool scaled = !Grouped && F != format::mxfp4 && job.k_end == l.k;
+  const bool scaled = !Grouped && job.k_end == l.k;
   KT_UNROLLED (p, Panels) {
     if (scaled) load_scales(l.format.scale, readers[p].at(scales_at), scales);
     KT_UNROLLED (v, n) {
@@ -228,38 +234,43 @@ template <class Step, format F, bool Zeros, bool Grouped, int M, int Panels>
 }
 
 template <class Step>
-using small_function = void (*)(const gemm_job&, const typename Step::a_type*, float*);
+using small_function = void (*)(const gemm_job&, const typename Step::a_type*, std::size_t, float*);
 
-// Rows that keep the sums of all columns of so many panels in registers, at most.
-constexpr int small_rows(int panels) {
+// Rows that keep so many vectors of sums of each row in registers, at most.
+constexpr int rows_with(int vectors) {
   int most = 0;
   for (int m = 1; m <= vec::max_rows && vec::tile_vectors(m) == column_vectors; ++m)
-    if (m * column_vectors * panels <= vec::accumulators) most = m;
+    if (m * vectors <= vec::accumulators) most = m;
   return most;
 }
 
 // Whether the job was done by such tiles: one, or all where unpacking is free beside the products.
-template <class Step, format F, bool Zeros, bool Grouped>
+template <class Step, format F, bool Own, bool Grouped>
 bool small_job(const gemm_job& job) {
-  constexpr int rows_of_one = small_rows(1), rows_of_two = small_rows(2);
+  constexpr int rows_of_two = rows_with(2 * column_vectors), rows_of_one = rows_with(column_vectors);
+  constexpr bool whole_tiles = rows_of_one == vec::max_rows;
   static constexpr functions_by_rows<small_function<Step>, rows_of_one> one(
-      [](auto rows) { return &small_tile<Step, F, Zeros, Grouped, rows(), 1>; });
+      [](auto rows) { return &small_tile<Step, F, Own, Grouped, rows(), 1>; });
   static constexpr functions_by_rows<small_function<Step>, rows_of_two> two(
-      [](auto rows) { return &small_tile<Step, F, Zeros, Grouped, rows(), 2>; });
+      [](auto rows) { return &small_tile<Step, F, Own, Grouped, rows(), 2>; });
   const auto* a = static_cast<const typename Step::a_type*>(job.rows_packed);
   if (job.panels == 2) {
     if (job.rows > rows_of_two) return false;
-    two[job.rows](job, a + job.k_begin * job.rows / 2 * Step::a_per_row, job.c);
+    two[job.rows](job, a + job.k_begin * job.rows / 2 * Step::a_per_row, job.rows, job.c);
     return true;
   }
   const tiling<> cut(job.rows);
-  if (rows_of_one < vec::max_rows ? job.rows > rows_of_one : cut.count > Step::unpacked_tiles) return false;
+  if (whole_tiles ? cut.count > Step::unpacked_tiles : job.rows > rows_of_one) return false;
+  const int most = whole_tiles && Grouped && job.layout->group <= Step::short_group ? rows_of_two : rows_of_one;
   gemm_job each = job;
   for (int t = 0; t < cut.count; ++t) {
     const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
-    if (t) each.next = nullptr;
-    one[rows](each, a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row,
-              job.c + begin * panel_columns);
+    const auto* tile = a + (begin * job.layout->k + job.k_begin * rows) / 2 * Step::a_per_row;
+    const tiling<> parts(static_cast<int>(rows), most);
+    for (int p = 0; p < parts.count; ++p, each.next = nullptr) {
+      const std::size_t first = parts.begin(p);
+      one[parts.begin(p + 1) - first](each, tile + first, rows, job.c + (begin + first) * panel_columns);
+    }
   }
   return true;
 }
@@ -285,15 +296,15 @@ class chunk_fetch {
 };
 
 // One scale for each column and group of k.
-template <class Step, format F, bool Zeros>
+template <class Step, format F, bool Own>
 void gemm_grouped(const gemm_job& job) {
-  if (small_job<Step, F, Zeros, true>(job)) return;
-  if (job.panels > 1) return each_panel<gemm_grouped<Step, F, Zeros>>(job);
+  if (small_job<Step, F, Own, true>(job)) return;
+  if (job.panels > 1) return each_panel<gemm_grouped<Step, F, Own>>(job);
   alignas(64) char unpacked[unpacked_bytes];
   alignas(64) float scales[chunk_k<Step::pair_bytes> / 32 * panel_columns];
   const panel_layout& l = *job.layout;
-  const code_reader<F, Zeros> reader(job, 0);
-  typename code_reader<F, Zeros>::walk walk(job);
+  const code_reader<F, Own> reader(job, 0);
+  typename code_reader<F, Own>::walk walk(job);
   if (job.k_begin == 0) __builtin_memset(job.c, 0, static_cast<std::size_t>(job.rows) * panel_columns * sizeof(float));
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
     end = least(k + chunk_k<Step::pair_bytes>, job.k_end);
@@ -311,7 +322,7 @@ void gemm_grouped(const gemm_job& job) {
   }
 }
 
-// One scale for each column, or none (mxfp4: its scales are in the bf16 numbers).
+// One scale for each column.
 template <class Step, format F>
 void gemm_carried(const gemm_job& job) {
   if (small_job<Step, F, false, false>(job)) return;
@@ -321,7 +332,7 @@ void gemm_carried(const gemm_job& job) {
   const panel_layout& l = *job.layout;
   const code_reader<F, false> reader(job, 0);
   typename code_reader<F, false>::walk walk(job);
-  const bool scaled = F != format::mxfp4 && job.k_end == l.k;
+  const bool scaled = job.k_end == l.k;
   if (scaled) load_scales(l.format.scale, reader.at(l.scale_offset(0)), scales);
   for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
     end = least(k + chunk_k<Step::pair_bytes>, job.k_end);
@@ -349,5 +360,5 @@ void gemm_int4(const gemm_job& job) {
 
 template <class Step>
 void gemm_mxfp4(const gemm_job& job) {
-  gemm_carried<Step, format::mxfp4>(job);
+  gemm_grouped<Step, format::mxfp4, false>(job);
 }

@@ -42,12 +42,12 @@ inline void add_scaled(const float* sums, const float* scales, int rows, bool fi
 
 constexpr std::size_t bf16_pair = weights<format::bf16>::pair_bytes;
 
-template <format F, bool Zeros>
+template <format F, bool Own>
 void gemm_tiles_grouped(const gemm_job& job) {
   alignas(64) char bf16[128 * panel_columns * 2];  // the longest group
   alignas(64) float scales[panel_columns], sums[most_rows * panel_columns];
-  const code_reader<F, Zeros> reader(job, 0);
-  typename code_reader<F, Zeros>::walk walk(job);
+  const code_reader<F, Own> reader(job, 0);
+  typename code_reader<F, Own>::walk walk(job);
   tile_session session;
   while (walk.k() < job.k_end) {
     const std::size_t k = walk.k(), end = walk.stop(job.k_end);
@@ -58,13 +58,21 @@ void gemm_tiles_grouped(const gemm_job& job) {
   }
 }
 
+// mxfp4: with its powers of two in the bf16 numbers.
+template <>
+struct decoder<format::mxfp4, true> : vec::scaled_e2m1_decoder {
+  static constexpr int k_step = 4;
+  using vec::scaled_e2m1_decoder::scaled_e2m1_decoder;
+};
+
 template <format F>
 void gemm_tiles_carried(const gemm_job& job) {
   alignas(64) char bf16[unpacked_bytes];
   alignas(64) float scales[panel_columns];
   const panel_layout& l = *job.layout;
-  const code_reader<F, false> reader(job, 0);
-  typename code_reader<F, false>::walk walk(job);
+  using reader_type = code_reader<F, F == format::mxfp4>;
+  const reader_type reader(job, 0);
+  typename reader_type::walk walk(job);
   {
     tile_session session;
     for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {

@@ -97,7 +97,7 @@ class linear_layer {
   float sum(const std::vector<float>& x, std::size_t n) const {
     const auto value = [&](std::size_t k) { return weight.value(0, n, k); };
     const auto code = [&](std::size_t k) { return weight.code(0, n, k); };
-    if (is_float(c.weights.kind) || c.weights.kind == format::mxfp4) return pairs(0, x, 0, c.k, value);
+    if (is_float(c.weights.kind)) return pairs(0, x, 0, c.k, value);
     if (!c.weights.group) return pairs(0, x, 0, c.k, code) * weight.scale(0, n, 0);
     float total = 0;
     for (std::size_t g = 0; g * weight.group() < c.k; ++g) {
