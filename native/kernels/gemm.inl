@@ -133,6 +133,7 @@ template <class Step, bool Stream, int M, int N>
     KT_UNROLLED (m, M)
       KT_UNROLLED (n, N) acc[m][n] = vec::zero();
     sum_pairs<Step, Stream>(acc, w, a, pairs, fetch);
+    asm volatile("" ::: "memory");  // or gcc keeps c on the stack, and copies it there and back
     KT_UNROLLED (n, N) {
       const vec::f32 scale = vec::load(job.scale + g * panel_columns + column + n * vec::lanes);
       KT_UNROLLED (m, M) {
