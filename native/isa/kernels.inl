@@ -31,7 +31,6 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   set(format::int8_dyn, each_panel<gemm_int8_dyn<dot, 4>>);
   t.rows = rows;
   t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows>, activate<block<float, 1, 1>>};
-  t.tile_rows = vec::max_rows;
   t.quantize_rows = quantize_rows;
   t.accumulate = accumulate;
   t.store = store;

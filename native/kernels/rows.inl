@@ -24,6 +24,27 @@ struct block {
       __builtin_memcpy(&at(tile, rows, row, k + i * together), static_cast<const T*>(values) + i * together,
                        together * sizeof(T));
   }
+  // The same for four rows from `row` on.
+  static constexpr bool copies_four = Unit * sizeof(T) == 4 && vec::lanes * sizeof(T) % 16 == 0;
+  static void copy_four(void* tile, int rows, int row, std::size_t k, const char* const (&values)[4]) {
+    constexpr int together = 16 / sizeof(T);
+    KT_UNROLLED (i, vec::lanes / together) {
+      words r[4];
+      KT_UNROLLED (j, 4) __builtin_memcpy(&r[j], values[j] + 16 * i, 16);
+      const words low01 = __builtin_shuffle(r[0], r[1], words{0, 4, 1, 5});
+      const words low23 = __builtin_shuffle(r[2], r[3], words{0, 4, 1, 5});
+      const words high01 = __builtin_shuffle(r[0], r[1], words{2, 6, 3, 7});
+      const words high23 = __builtin_shuffle(r[2], r[3], words{2, 6, 3, 7});
+      r[0] = __builtin_shuffle(low01, low23, words{0, 1, 4, 5});
+      r[1] = __builtin_shuffle(low01, low23, words{2, 3, 6, 7});
+      r[2] = __builtin_shuffle(high01, high23, words{0, 1, 4, 5});
+      r[3] = __builtin_shuffle(high01, high23, words{2, 3, 6, 7});
+      KT_UNROLLED (j, 4) __builtin_memcpy(&at(tile, rows, row, k + i * together + j * Unit), &r[j], 16);
+    }
+  }
+
+ private:
+  typedef std::uint32_t words __attribute__((vector_size(16)));
 };
 
 using fp32_block = block<float, 1, vec::max_rows>;
@@ -46,11 +67,21 @@ void pack_rows(const pack_rows_job& job) {
   for (int t = 0; t < tiles.count; ++t) {
     const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
     char* tile = static_cast<char*>(job.packed) + begin * job.k_padded * sizeof(typename Block::element);
+    const auto row = [&](int r) {
+      const std::size_t from = job.index ? job.index[begin + r] : begin + r;
+      return static_cast<const char*>(job.source) + from * job.stride * size;
+    };
     // A few k of all rows at a time, so that the tile is written once from its beginning to its end.
-    for (std::size_t k = 0; k < job.k_padded; k += vec::lanes)
-      for (int r = 0; r < rows; ++r) {
-        const std::size_t from = job.index ? job.index[begin + r] : begin + r;
-        const char* values = static_cast<const char*>(job.source) + (from * job.stride + k) * size;
+    for (std::size_t k = 0; k < job.k_padded; k += vec::lanes) {
+      int r = 0;
+      if constexpr (Block::copies_four)
+        if (as_it_is && k + vec::lanes <= job.k)
+          for (; r + 4 <= rows; r += 4) {
+            const std::size_t at = k * size;
+            Block::copy_four(tile, rows, r, k, {row(r) + at, row(r + 1) + at, row(r + 2) + at, row(r + 3) + at});
+          }
+      for (; r < rows; ++r) {
+        const char* values = row(r) + k * size;
         alignas(64) char rest[vec::lanes * 4] = {};
         if (k + vec::lanes > job.k) {
           if (k < job.k) __builtin_memcpy(rest, values, (job.k - k) * size);
@@ -61,6 +92,7 @@ void pack_rows(const pack_rows_job& job) {
         else
           Block::put(tile, rows, r, k, load_as_f32(values, job.type, 0));
       }
+    }
   }
 }
 

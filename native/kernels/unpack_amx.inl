@@ -130,7 +130,6 @@ constexpr kernel_table tile_table() {
   set(format::int8_dyn, each_panel<gemm_tiles_int8_dyn>);
   t.rows = {2, pack_rows<bf16_tile_block>, activate<bf16_tile_block>};
   t.int8_rows = {1, pack_int8_rows<int8_tile_block, true>, activate<block<float, 1, 1>>};
-  t.tile_rows = 32;
   t.quantize_rows = quantize_rows;
   t.accumulate = accumulate;
   t.store = store;

@@ -15,12 +15,12 @@ inline std::size_t l2_bytes() {
   return size > 0 ? static_cast<std::size_t>(size) : std::size_t{1} << 20;
 }
 
-// How weights are fetched ahead. Measured on Zen 5, which reads a stream best when it is asked for that stream alone,
-// and on Emerald Rapids, whose first-level cache can wait for no more than 16 lines: there the next panel is fetched
-// into the second level.
+// How weights are fetched ahead. Measured on Zen 4 and 5, which read a stream best when they are asked for that stream
+// alone, and on Emerald Rapids, whose first-level cache can wait for no more than 16 lines: there the next panel is
+// fetched into the second level.
 struct prefetching {
   std::size_t floats, codes;  // bytes ahead
-  bool stream_alone;          // where a panel of floats is read but once
+  bool stream_alone;          // of floats, for few rows; more take as long as the next panel's way from memory
 };
 inline prefetching prefetching_here() {
   return cpu_is_amd() ? prefetching{8192, 2048, true} : prefetching{1024, 1024, false};
@@ -37,7 +37,7 @@ class block_gemm {
     static const prefetching here = prefetching_here();
     const bool floats = is_float(w.layout().format.kind);
     distance_ = floats ? here.floats : here.codes;
-    stream_rows_ = floats && here.stream_alone ? static_cast<std::size_t>(kernels.tile_rows) : 0;
+    stream_rows_ = floats && here.stream_alone ? few_rows : 0;
   }
 
   std::size_t row_bytes() const { return row_bytes_; }

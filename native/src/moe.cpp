@@ -346,18 +346,27 @@ void layer_run::store(std::size_t panel, const float* sum) const {
             a_.hidden_type, a_.out_stride});
 }
 
-// Activated rows between the phases take no more than this; longer inputs are run in several parts.
+// How many parts of the tokens run one after the other. What lies between the phases takes no more than this,
 constexpr std::size_t most_hidden_bytes = std::size_t{128} << 20;
+// and fewer rows stay in the last-level cache, down to so many of an expert that hide its weights' way from memory.
+// Tiles hide it with more rows only.
+constexpr std::size_t enough_rows = 128;
+
+std::size_t parts(const experts& e, const kernel_table& kernels, const moe_arguments& a) {
+  const std::size_t rows = a.tokens * a.top_k, experts = e.shape.num_experts;
+  const std::size_t by_memory = rows * e.shape.intermediate_size * sizeof(float) / most_hidden_bytes + 1;
+  const std::size_t by_rows = kernels.tiles ? 1 : rows / (experts * enough_rows);
+  return std::min(a.tokens, std::max(by_memory, by_rows));
+}
 
 }  // namespace
 
 std::string context::moe(const experts& e, const kernel_table& kernels, const moe_arguments& a) {
   const std::lock_guard lock(turn_);
-  const std::size_t token_bytes = a.top_k * e.shape.intermediate_size * sizeof(float);
-  const std::size_t part = std::max<std::size_t>(1, most_hidden_bytes / std::max<std::size_t>(1, token_bytes));
+  const std::size_t count = parts(e, kernels, a);
   routing route;
-  for (std::size_t first = 0; first < a.tokens; first += part) {
-    const std::size_t tokens = std::min(part, a.tokens - first);
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t first = a.tokens * i / count, tokens = a.tokens * (i + 1) / count - first;
     if (std::string wrong = bucket(a, first, tokens, e.shape.num_experts, scratch_->counts, route); !wrong.empty())
       return wrong;
     layer_run(e, kernels, a, first, tokens, route, *scratch_).run(pool_, places_);

@@ -121,7 +121,6 @@ struct kernel_table {
   row_kernels rows;                            // of all formats but int8_dyn
   // int8_dyn: `pack` copies int8 codes; `activate` writes plain fp32 rows [rows][k], which are quantised when whole.
   row_kernels int8_rows;
-  int tile_rows;  // that read a panel once
   void (*quantize_rows)(const quantize_rows_job&);
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
