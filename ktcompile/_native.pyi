@@ -110,6 +110,18 @@ class Experts:
     @property
     def slices(self) -> list[int]: ...
 
+    def copy(self, expert: int, source: Experts, source_expert: int) -> None:
+        """Takes over an expert from a layer of the same shape and format."""
+
+    def fill(self, expert: int, byte: int) -> None:
+        """Overwrites an expert's weights."""
+
+    def release(self, expert: int) -> None:
+        """Gives an expert's memory back until it is packed or copied to again."""
+
+    @property
+    def expert_nbytes(self) -> int: ...
+
     @property
     def nbytes(self) -> int: ...
 

@@ -86,6 +86,11 @@ struct packed_linear {
         weight(format, 1, (n + kt::panel_columns - 1) / kt::panel_columns, 0, in, kt::column_map::plain(0, n), -1) {}
 };
 
+void check_expert(const kt::experts& e, int expert) {
+  if (expert < 0 || expert >= e.shape.num_experts)
+    throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(e.shape.num_experts));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -229,6 +234,30 @@ NB_MODULE(_native, m) {
                      for (const kt::expert_slice& s : self.slices) sizes.push_back(s.down.k());
                      return sizes;
                    })
+      .def(
+          "copy",
+          [](kt::experts& self, int expert, const kt::experts& source, int source_expert) {
+            check_expert(self, expert);
+            check_expert(source, source_expert);
+            const nb::gil_scoped_release nogil;
+            self.copy(expert, source, source_expert);
+          },
+          "expert"_a, "source"_a, "source_expert"_a, "Takes over an expert from a layer of the same shape and format.")
+      .def(
+          "fill",
+          [](kt::experts& self, int expert, unsigned char byte) {
+            check_expert(self, expert);
+            self.fill(expert, byte);
+          },
+          "expert"_a, "byte"_a, "Overwrites an expert's weights.")
+      .def(
+          "release",
+          [](const kt::experts& self, int expert) {
+            check_expert(self, expert);
+            self.release(expert);
+          },
+          "expert"_a, "Gives an expert's memory back until it is packed or copied to again.")
+      .def_prop_ro("expert_nbytes", &kt::experts::expert_bytes)
       .def_prop_ro("nbytes", &kt::experts::bytes);
 
   nb::class_<packed_linear>(m, "Linear")

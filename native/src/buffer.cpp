@@ -64,4 +64,10 @@ buffer::~buffer() {
   if (data_) munmap(data_, bytes_);
 }
 
+void buffer::discard(std::size_t offset, std::size_t bytes) const {
+  static const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t begin = (offset + page - 1) / page * page, end = (offset + bytes) / page * page;
+  if (begin < end) madvise(as<char>(begin), end - begin, MADV_DONTNEED);
+}
+
 }  // namespace kt

@@ -1,6 +1,8 @@
 #include <kt/experts.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <tuple>
 
 namespace kt {
 namespace {
@@ -44,6 +46,44 @@ std::size_t experts::bytes() const {
   std::size_t n = 0;
   for (const expert_slice& s : slices) n += s.gate_up.bytes() + s.down.bytes();
   return n;
+}
+
+std::size_t experts::expert_bytes() const {
+  std::size_t n = 0;
+  for (const expert_slice& s : slices) n += s.gate_up.expert_bytes() + s.down.expert_bytes();
+  return n;
+}
+
+void experts::copy(int expert, const experts& from, int from_expert) {
+  const auto bytes = [](const experts& e) {
+    std::vector<std::size_t> all;
+    for (const expert_slice& s : e.slices) all.insert(all.end(), {s.gate_up.expert_bytes(), s.down.expert_bytes()});
+    return all;
+  };
+  const auto format = [](const weight_format& f) { return std::tuple(f.kind, f.group, f.scale, f.zero_points); };
+  const auto sizes = [](const experts_shape& s) {
+    return std::tuple(s.hidden_size, s.intermediate_size, s.act.gated, s.interleaved);
+  };
+  if (format(this->format) != format(from.format) || sizes(shape) != sizes(from.shape) || bytes(*this) != bytes(from))
+    throw std::invalid_argument("experts are copied between layers of the same shape, format and slices only");
+  for (std::size_t i = 0; i < slices.size(); ++i) {
+    slices[i].gate_up.copy(expert, from.slices[i].gate_up, from_expert);
+    slices[i].down.copy(expert, from.slices[i].down, from_expert);
+  }
+}
+
+void experts::fill(int expert, unsigned char byte) {
+  for (expert_slice& s : slices) {
+    s.gate_up.fill(expert, byte);
+    s.down.fill(expert, byte);
+  }
+}
+
+void experts::release(int expert) const {
+  for (const expert_slice& s : slices) {
+    s.gate_up.release(expert);
+    s.down.release(expert);
+  }
 }
 
 }  // namespace kt

@@ -363,4 +363,17 @@ void packed_weight::pack_bias(const bias_view& source) {
   });
 }
 
+void packed_weight::copy(int expert, const packed_weight& from, int from_expert) {
+  std::memcpy(data_.as<char>(expert * expert_bytes()), from.data_.as<char>(from_expert * expert_bytes()),
+              expert_bytes());
+  if (!from.bias_.bytes()) return;
+  const std::size_t size = panels_ * panel_columns * sizeof(float);
+  bias_.reserve(num_experts_ * size);
+  std::memcpy(bias_.as<char>(expert * size), from.bias_.as<char>(from_expert * size), size);
+}
+
+void packed_weight::fill(int expert, unsigned char byte) {
+  std::memset(data_.as<char>(expert * expert_bytes()), byte, expert_bytes());
+}
+
 }  // namespace kt

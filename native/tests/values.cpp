@@ -1,6 +1,7 @@
 // Conversions between formats, exhaustively where that is cheap, and the activations over all magnitudes.
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 
 #include "check.h"
@@ -33,6 +34,56 @@ void test_pack_and_unpack() {
         check(target.gate_up.plain.bytes == l.gate_up.plain.bytes && target.down.plain.bytes == l.down.plain.bytes,
               "pack and unpack " + describe(c));
       }
+}
+
+// An expert that another layer took over, and took back after it was released and overwritten, is the same, and no
+// other is touched.
+void test_copying_of_experts() {
+  unsigned n = 8400;
+  std::vector<kt::weight_format> formats = quantized_formats();
+  formats.push_back(float_format(dtype::bf16));
+  for (const kt::weight_format& format : formats)
+    for (int slices : {1, 2}) {
+      layer_case c;
+      c.format = format;
+      c.source = dtype::bf16;
+      c.experts = 3;
+      c.hidden = 130;
+      c.intermediate = 200;
+      c.slices = slices;
+      c.bias = true;
+      layer l(c, ++n);
+      kt::experts packed = l.pack(), untouched = l.pack(), other(packed.shape, format, std::vector<int>(slices, -1));
+      const auto same = [&](const kt::experts& a, int i, const kt::experts& b, int j) {
+        bool equal = true;
+        for (std::size_t s = 0; s < a.slices.size(); ++s)
+          for (auto weight : {&kt::expert_slice::gate_up, &kt::expert_slice::down}) {
+            const kt::packed_weight &x = a.slices[s].*weight, &y = b.slices[s].*weight;
+            equal &= std::memcmp(x.panel(i, 0), y.panel(j, 0), x.expert_bytes()) == 0;
+            if (x.panel_bias(i, 0)) equal &= std::memcmp(x.panel_bias(i, 0), y.panel_bias(j, 0), x.panels() * 128) == 0;
+          }
+        return equal;
+      };
+      other.copy(2, packed, 1);
+      check(same(other, 2, untouched, 1), "copy of an expert " + describe(c));
+      packed.release(1);
+      packed.fill(1, 0xff);
+      check(!same(packed, 1, untouched, 1), "filled expert " + describe(c));
+      packed.copy(1, other, 2);
+      for (int i = 0; i < c.experts; ++i) check(same(packed, i, untouched, i), "experts after copies " + describe(c));
+    }
+  const layer_case c;
+  layer_case wider = c;
+  wider.hidden += 32;
+  kt::experts a = layer(c, ++n).pack();
+  const kt::experts b = layer(wider, ++n).pack();
+  bool refused = false;
+  try {
+    a.copy(0, b, 0);
+  } catch (const std::invalid_argument&) {
+    refused = true;
+  }
+  check(refused, "an expert of another shape is refused");
 }
 
 // What codes stand for, whole: of one slice and of several, rounded to every type.
@@ -337,6 +388,7 @@ void test_activations() {
 
 const std::vector<test> value_tests = {
     {"pack and unpack", test_pack_and_unpack},
+    {"copying of experts", test_copying_of_experts},
     {"unpacking of codes", test_unpacking_of_codes},
     {"refused scales", test_refused_scales},
     {"refused codes", test_refused_codes},

@@ -29,6 +29,8 @@ class buffer {
   T* as(std::size_t offset_bytes = 0) const {
     return reinterpret_cast<T*>(static_cast<char*>(data_) + offset_bytes);
   }
+  // Gives the whole pages in [offset, offset + bytes) back to the system; they read as zero from then on.
+  void discard(std::size_t offset, std::size_t bytes) const;
   std::size_t bytes() const { return bytes_; }
   int node() const { return node_; }
 

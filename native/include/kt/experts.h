@@ -40,6 +40,13 @@ struct experts {
   void pack_bias(const bias_view& gate_up, const bias_view& down);
   void unpack(int expert, const weight_view& gate_up, const weight_view& down) const;
   std::size_t bytes() const;
+  std::size_t expert_bytes() const;  // of one expert's weights
+
+  // Takes over expert `from_expert` of `from`. Throws std::invalid_argument unless both have the same shape, format and
+  // slices; the numbers of experts may differ.
+  void copy(int expert, const experts& from, int from_expert);
+  void fill(int expert, unsigned char byte);  // for tests: no numbers, or nonsense
+  void release(int expert) const;             // gives its memory back until it is packed or copied to again
 };
 
 }  // namespace kt

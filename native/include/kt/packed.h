@@ -80,6 +80,7 @@ class packed_weight {
     return bias_.bytes() ? bias_.as<const float>() + (expert * panels_ + p) * panel_columns : nullptr;
   }
   std::size_t bytes() const { return data_.bytes() + bias_.bytes(); }
+  std::size_t expert_bytes() const { return panels_ * panel_bytes_; }  // without the bias
 
   // One expert at a time, so that the source of each can be freed as soon as it has been read. Of a format of floats,
   // and of the others, which throws std::invalid_argument for codes, scales and zero points that the kernels cannot
@@ -89,6 +90,12 @@ class packed_weight {
   void pack_bias(const bias_view& source);
   // Writes the weights of one expert, dequantised, to where `pack` would read them from.
   void unpack(int expert, const weight_view& target) const;
+
+  // Takes over an expert, its bias too, from a weight of the same format and shape, but for the number of experts.
+  void copy(int expert, const packed_weight& from, int from_expert);
+  void fill(int expert, unsigned char byte);
+  // Gives the memory of an expert's weights back until it is packed or copied to again. The bias stays.
+  void release(int expert) const { data_.discard(expert * expert_bytes(), expert_bytes()); }
 
  private:
   template <class F>
