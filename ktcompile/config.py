@@ -14,6 +14,7 @@ from ktcompile.quant import check_format
 
 WEIGHTS = ("copy", "take")
 INNER = ("inductor", "eager")
+DEVICES = ("none", "stand-in")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class CompileOptions:
     weights: "copy" leaves the model as it is; "take" frees the experts' source storage after packing.
     inner: who runs the rest of the graph, "inductor" or "eager".
     isa: instruction set of the kernels; None: the best of this machine.
+    device: "none", or "stand-in", a device without a GPU that imitates one with its own memory, for trials and tests.
+    device_expert_fraction: of each layer's experts, how many the device holds. device_memory: its bytes; None: as
+    many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
     disable_passes: names of passes to leave out.
     dump_graphs: directory for the graph before and after each pass; None: none are written.
     """
@@ -32,6 +36,10 @@ class CompileOptions:
     weights: str = "copy"
     inner: str = "inductor"
     isa: str | None = None
+    device: str = "none"
+    device_expert_fraction: float = 0.5
+    device_memory: int | None = None
+    keep_cpu_copy: bool = False
     disable_passes: tuple[str, ...] = ()
     dump_graphs: Path | None = None
 
@@ -41,6 +49,11 @@ class CompileOptions:
         _one_of("inner", self.inner, INNER)
         if self.isa is not None:
             check_isa(self.isa, machine().isas)
+        _one_of("device", self.device, DEVICES)
+        if not 0 <= self.device_expert_fraction <= 1:
+            raise ValueError(f"device_expert_fraction is {self.device_expert_fraction}; it must be from 0 to 1")
+        if self.device_memory is not None and self.device_memory < 0:
+            raise ValueError(f"device_memory is {self.device_memory}; it must be 0 bytes or more")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any] | None) -> CompileOptions:

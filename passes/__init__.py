@@ -4,6 +4,8 @@
    modules still stands.
 2. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
    packed weights, which the executable supplies.
+3. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
+4. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ktcompile.passes.fuse_moe import fuse_moe
+from ktcompile.passes.overlap import overlap
 from ktcompile.passes.pack_moe import pack_moe
+from ktcompile.passes.split_experts import split_experts
 
 from ktcompile.config import CompileOptions
 from ktcompile.graph.pipeline import Pass
@@ -19,10 +23,12 @@ from ktcompile.graph.pipeline import Pass
 
 def passes_for(options: CompileOptions) -> Sequence[Pass]:
     """Return the passes to run. ValueError: `options` disables one that does not exist."""
-    every = (
+    every = [
         Pass("fuse_moe", fuse_moe, exact=False),
         Pass("pack_moe", pack_moe(options), exact=True),
-    )
+    ]
+    if options.device != "none":
+        every += [Pass("split_experts", split_experts, exact=False), Pass("overlap", overlap, exact=True)]
     names = [p.name for p in every]
     for name in options.disable_passes:
         if name not in names:

@@ -285,8 +285,8 @@ WRONG = 2
 
 def compute_with(monkeypatch: pytest.MonkeyPatch, kernels: Callable[..., torch.Tensor]) -> None:
     """Let `kernels` compute; its first argument is what did so before."""
-    launch = MOE._launch
-    monkeypatch.setattr(MOE, "_launch", lambda *arguments: kernels(launch, *arguments))
+    launch = MOE.launch
+    monkeypatch.setattr(MOE, "launch", lambda *arguments: kernels(launch, *arguments))
 
 
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
@@ -404,7 +404,7 @@ NOISY_EXPERTS = NOISY.pack()
 def test_the_size_of_an_error_decides(dtype, seed, one, within, beyond):
     def noisy(size: float) -> Kernels:
         def kernels(*arguments: object) -> torch.Tensor:
-            out = MOE._launch(*arguments)
+            out = MOE.launch(*arguments)
             noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed))
             if one:
                 noise[:, torch.arange(HIDDEN) != seed % HIDDEN] = 0

@@ -11,6 +11,7 @@ from ktcompile.config import CompileOptions
 from ktcompile.graph import report
 from ktcompile.graph.pipeline import run_passes
 from ktcompile.passes import passes_for
+from ktcompile.runtime.devices import Placer, device_for
 from ktcompile.runtime.executable import InnerCompiler, build
 
 
@@ -29,9 +30,16 @@ def kt(
     settings = CompileOptions.from_mapping(options)
     result = report.CompileReport(inner=settings.inner)
     gm = run_passes(_copy(gm), example_inputs, passes_for(settings), result, settings.dump_graphs)
-    compiled = build(gm, example_inputs, settings.weights == "take", _inner(settings.inner, mode))
+    compiled = build(gm, example_inputs, settings.weights == "take", _inner(settings.inner, mode), _placer(settings))
     report.record(result)
     return compiled
+
+
+def _placer(settings: CompileOptions) -> Placer | None:
+    if settings.device == "none":
+        return None
+    device = device_for(settings.device, settings.device_memory)
+    return Placer(device, settings.device_expert_fraction, keep_cpu_copy=settings.keep_cpu_copy)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

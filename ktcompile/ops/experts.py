@@ -5,6 +5,7 @@ Shape suffixes: E experts, H hidden_size, I intermediate_size.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ class PackedExperts:
     num_experts, hidden_size, intermediate_size: of the layer. format: how weights are stored. isa: whose
     kernels run. nbytes: memory that it holds. handle: int64 [1], what stands for it in graphs of `kt::moe`.
     number: of this layer, in the order of packing. name: of the module, for messages; "" is looked up when one is
-    needed. first_call: what checks the first call, None once it has.
+    needed. first_call: what checks the first call, None once it has. fetch: what brings an expert back whose memory
+    was released, None while all are here.
     """
 
     def __init__(
@@ -47,16 +49,10 @@ class PackedExperts:
         self.num_experts, self.hidden_size, self.intermediate_size = shape
         self.format = _format_of(gate_up_proj, down_proj, spec)
         self.isa = check_isa(spec.isa, machine().isas) if spec.isa else machine().isa
-        self.native = _native.Experts(
-            *shape,
-            native_format(self.format, *(w for w in (gate_up_proj, down_proj) if isinstance(w, QuantizedWeight))),
-            spec.activation.native,
-            spec.activation.gated,
-            spec.interleaved,
-            spec.activation.alpha,
-            spec.activation.limit,
-            _native.numa_nodes(),
-        )
+        quantized = (w for w in (gate_up_proj, down_proj) if isinstance(w, QuantizedWeight))
+        self._native_format = native_format(self.format, *quantized)
+        self.native = self._allocate(self.num_experts)
+        self.fetch: Callable[[int], None] | None = None
         self.handle = torch.tensor([self.number], dtype=torch.int64)
         checks = env.read().self_check
         self._pack(gate_up_proj, down_proj, PackingCheck(self, gate_up_proj, down_proj) if checks else None)
@@ -69,15 +65,23 @@ class PackedExperts:
     def nbytes(self) -> int:
         return self.native.nbytes
 
+    def empty(self, count: int) -> PackedExperts:
+        """Return `count` experts of the same shape and format that hold nothing yet, without a handle's meaning."""
+        other = copy.copy(self)
+        other.native, other.num_experts, other.first_call, other.fetch = self._allocate(count), count, None, None
+        return other
+
     def unpack_into(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
         """Write the weights, dequantised, into tensors of the shapes that they were packed from."""
         _check_weights(gate_up_proj, down_proj, None, None, self.spec)
         places = self._places(gate_up_proj, down_proj)
+        self._bring_back(*range(self.num_experts))
         self._each_expert(lambda e: self.native.unpack(e, *places), range(self.num_experts))
 
     def unpack(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gate_up_proj [2I, H], or [I, H], and down_proj [H, I] of one expert as they are stored, in fp32 if the
         format has scales."""
+        self._bring_back(expert)
         rows = self.intermediate_size * (2 if self.spec.activation.gated else 1)
         shapes = ((rows, self.hidden_size), (self.hidden_size, self.intermediate_size))
         dtype = self.format.storage or torch.float32
@@ -85,6 +89,26 @@ class PackedExperts:
         places = (gate_up.data_ptr(), (0, *gate_up.stride()), down.data_ptr(), (0, *down.stride()))
         self.native.unpack(expert, *places, native_dtype(dtype, "the weight"))  # type: ignore[arg-type]
         return gate_up, down
+
+    def _bring_back(self, *experts: int) -> None:
+        if self.fetch is not None:
+            for expert in experts:
+                self.fetch(expert)
+
+    def _allocate(self, count: int) -> _native.Experts:
+        activation = self.spec.activation
+        return _native.Experts(
+            count,
+            self.hidden_size,
+            self.intermediate_size,
+            self._native_format,
+            activation.native,
+            activation.gated,
+            self.spec.interleaved,
+            activation.alpha,
+            activation.limit,
+            _native.numa_nodes(),
+        )
 
     def _pack(self, gate_up: Weight, down: Weight, check: PackingCheck | None) -> None:
         pack = self._packing(gate_up, down)

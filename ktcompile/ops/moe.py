@@ -13,6 +13,7 @@ import torch
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.spec import ExpertsSpec
+from ktcompile.ops.split import layer_of
 from ktcompile.ops.store import expert_store
 from ktcompile.ops.threads import native_threads
 from ktcompile.quant import native_dtype
@@ -41,16 +42,17 @@ def moe(
 
 def run(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """Run the native kernels. As `moe`, which goes through torch's dispatcher."""
-    _check(x_TH, ids_TK, weights_TK, experts)
+    check(x_TH, ids_TK, weights_TK, experts)
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     if experts.first_call is not None:
-        experts.first_call.check(experts, x_TH, ids_TK, _launch)
-    return _launch(x_TH, ids_TK, weights_TK, experts)
+        experts.first_call.check(experts, x_TH, ids_TK, launch)
+    return launch(x_TH, ids_TK, weights_TK, experts)
 
 
-def _launch(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+def launch(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """Run the native kernels on arguments that `run` would take, contiguous, without any check."""
     tokens, top_k = ids_TK.shape
     out_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     native_threads().context().moe(
@@ -71,7 +73,8 @@ def _launch(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, 
     return out_TH
 
 
-def _check(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> None:
+def check(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> None:
+    """ValueError: a shape, a dtype or a device cannot be used."""
     if x_TH.dim() != 2 or x_TH.shape[1] != experts.hidden_size:
         raise ValueError(f"hidden_states is {list(x_TH.shape)}; it must be [tokens, {experts.hidden_size}]")
     if ids_TK.dim() != 2 or ids_TK.shape[0] != x_TH.shape[0]:
@@ -91,7 +94,7 @@ def _check(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, e
 
 @torch.library.impl(LIBRARY, "moe", "CPU")
 def _moe_cpu(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
-    return run(x, ids, weights, from_handle(handle))
+    return _anywhere(x, ids, weights, from_handle(handle))
 
 
 @torch.library.impl(LIBRARY, "experts", "CPU")
@@ -106,7 +109,16 @@ def _experts_cpu(
     spec: str,
 ) -> torch.Tensor:
     plain = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    return run(x, ids, weights, expert_store().get(plain, ExpertsSpec.decode(spec)))
+    return _anywhere(x, ids, weights, expert_store().get(plain, ExpertsSpec.decode(spec)))
+
+
+def _anywhere(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """Run experts that may lie on two sides."""
+    layer = layer_of(experts)
+    if layer is None:
+        return run(x, ids, weights, experts)
+    call = layer.submit(x, ids, weights)
+    return call.finish(call.resident(x, weights))
 
 
 @torch.library.register_fake("kt::moe", lib=LIBRARY)  # type: ignore[untyped-decorator]

@@ -12,6 +12,7 @@ from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.packed import PACKED, PackedInput
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.store import ExpertStore, expert_store
+from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.take import take_weights
 
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -26,23 +27,32 @@ class Executable:
         kept: Sequence[int],
         packed: Sequence[PackedInput],
         store: ExpertStore,
+        placer: Placer | None,
     ) -> None:
         self._inner = inner
         self._kept = tuple(kept)
         self._packed = tuple(packed)
         self._store = store
+        self._placer = placer
 
     def __call__(self, *args: Any) -> Any:
-        handles = [self._store.get(_weights(args, p), p.spec).handle for p in self._packed]
-        return self._inner(*[args[i] for i in self._kept], *handles)
+        layers = [self._store.get(_weights(args, p), p.spec) for p in self._packed]
+        if self._placer is not None:
+            for experts in layers:  # others than those it was built with have the same shapes
+                self._placer.ensure(experts)
+        return self._inner(*[args[i] for i in self._kept], *(experts.handle for experts in layers))
 
 
 def build(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], take: bool, compile_inner: InnerCompiler
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    take: bool,
+    compile_inner: InnerCompiler,
+    placer: Placer | None = None,
 ) -> Callable[..., Any]:
     """Return `gm` compiled by `compile_inner`, to be called with the inputs of the original graph.
 
-    take: free the weights' source storage after packing.
+    take: free the weights' source storage after packing. placer: None where there is no device.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
@@ -53,6 +63,8 @@ def build(
     for p in packed:
         weights = _weights(example_inputs, p)
         experts = _take(store, owners, weights, p) if take else store.get(weights, p.spec)
+        if placer is not None:
+            placer.place(experts)
         handles.append(experts.handle)
     replaced = {i for p in packed for i in p.positions if i is not None}
     kept = []
@@ -63,7 +75,7 @@ def build(
             kept.append(i)
     gm.recompile()
     inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *handles])
-    return Executable(inner, kept, packed, store)
+    return Executable(inner, kept, packed, store, placer)
 
 
 def _take(

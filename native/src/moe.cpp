@@ -355,7 +355,7 @@ constexpr std::size_t enough_rows = 128;
 std::size_t parts(const experts& e, const kernel_table& kernels, const moe_arguments& a) {
   const std::size_t rows = a.tokens * a.top_k, experts = e.shape.num_experts;
   const std::size_t by_memory = rows * e.shape.intermediate_size * sizeof(float) / most_hidden_bytes + 1;
-  const std::size_t by_rows = kernels.tiles ? 1 : rows / (experts * enough_rows);
+  const std::size_t by_rows = kernels.tiles ? 1 : rows / (std::max<std::size_t>(1, experts) * enough_rows);
   return std::min(a.tokens, std::max(by_memory, by_rows));
 }
 

@@ -1,0 +1,100 @@
+"""The operators of a layer whose experts lie on two sides.
+
+`kt::moe_submit` begins the CPU's part and returns a ticket at once; `kt::moe_resident` computes the device's part;
+`kt::moe_wait` adds the CPU's. Each takes what the one before it returned, so that no compiler changes their order, and
+the hidden states, so that none overwrites them before the end. Which experts are where is asked when a layer is
+submitted and holds for its ticket: it is data, so that no graph changes when experts move.
+
+Shape suffixes: T tokens, K top_k, H hidden_size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+
+from ktcompile.ops.experts import PackedExperts, from_handle
+from ktcompile.ops.library import LIBRARY, register_without_backward
+
+for _schema in (
+    "moe_submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor experts) -> Tensor",
+    "moe_resident(Tensor hidden_states, Tensor topk_weights, Tensor ticket) -> Tensor",
+    "moe_wait(Tensor hidden_states, Tensor resident, Tensor ticket) -> Tensor",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+class Submitted(Protocol):
+    """One call of a split layer, under way."""
+
+    def resident(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Return the device's part."""
+        ...
+
+    def finish(self, resident_TH: torch.Tensor) -> torch.Tensor:
+        """Return the sum of both parts once the CPU's is there."""
+        ...
+
+
+class SplitLayer(Protocol):
+    """A layer with experts on both sides."""
+
+    def submit(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Submitted: ...
+
+
+_layers: weakref.WeakKeyDictionary[PackedExperts, SplitLayer] = weakref.WeakKeyDictionary()
+_under_way: dict[int, Submitted] = {}
+_tickets = itertools.count(1)
+
+
+def attach(experts: PackedExperts, layer: SplitLayer) -> None:
+    """Let `kt::moe_submit` find the split layer of packed experts."""
+    _layers[experts] = layer
+
+
+def layer_of(experts: PackedExperts) -> SplitLayer | None:
+    """Return the split layer of packed experts, None if they are all the CPU's."""
+    return _layers.get(experts)
+
+
+@torch.library.impl(LIBRARY, "moe_submit", "CPU")
+def _submit(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+    experts = from_handle(handle)
+    layer = layer_of(experts)
+    if layer is None:
+        raise ValueError(f"{experts} has no device's part; attach a split layer first")
+    number = next(_tickets)
+    _under_way[number] = layer.submit(x_TH, ids_TK, weights_TK)
+    return torch.tensor([number], dtype=torch.int64)
+
+
+@torch.library.impl(LIBRARY, "moe_resident", "CPU")
+def _resident(x_TH: torch.Tensor, weights_TK: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    return _under_way[int(ticket)].resident(x_TH, weights_TK)
+
+
+@torch.library.impl(LIBRARY, "moe_wait", "CPU")
+def _wait(x_TH: torch.Tensor, resident_TH: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    return _under_way.pop(int(ticket)).finish(resident_TH)
+
+
+@torch.library.register_fake("kt::moe_submit", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _submit_fake(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+    return handle.new_empty(1)
+
+
+@torch.library.register_fake("kt::moe_resident", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _resident_fake(x: torch.Tensor, weights: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("kt::moe_wait", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _wait_fake(x: torch.Tensor, resident: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+for _name in ("moe_submit", "moe_resident", "moe_wait"):
+    register_without_backward(_name)

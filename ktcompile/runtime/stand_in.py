@@ -1,0 +1,145 @@
+"""A device that is none: its own pool of memory under a budget, and copies that take their time on a virtual clock.
+
+Everything that a GPU's memory and streams may do to the runtime happens here, with real numbers and at no speed: what a
+copy has not yet brought is no number, a copy may be late, and it may fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ktcompile import _native
+from ktcompile.ops.experts import PackedExperts
+from ktcompile.ops.moe import launch
+from ktcompile.plan.hardware import Link
+from ktcompile.runtime.device import CopyError, DeviceMemoryError
+
+_NO_NUMBER = 0xFF  # NaN in floats and in scales
+
+
+class VirtualClock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass. ValueError: it would run backwards."""
+        if seconds < 0:
+            raise ValueError(f"a clock cannot advance by {seconds} seconds")
+        self.now += seconds
+
+
+class Stream:
+    """Copies that end one after the other, in the order in which they were begun."""
+
+    def __init__(self, device: StandInDevice) -> None:
+        self._device = device
+        self._free_at = 0.0
+
+    def copy(self, size: int, action: Callable[[], None]) -> SimulatedEvent:
+        """Begin a copy; `action` is what it does once it has ended."""
+        begin = max(self._device.clock.now, self._free_at)
+        self._free_at = begin + self._device.link.seconds(size) + self._device.delay
+        failure = self._device.next_failure()
+        return SimulatedEvent(self._device.clock, self._free_at, action, failure)
+
+
+class SimulatedEvent:
+    """The end of a copy, at a time that is known when it begins."""
+
+    def __init__(self, clock: VirtualClock, at: float, action: Callable[[], None], failure: str | None) -> None:
+        self._clock, self._at, self._failure = clock, at, failure
+        self._action: Callable[[], None] | None = action
+
+    def done(self) -> bool:
+        """Return whether the copy has ended. CopyError: it failed."""
+        if self._clock.now < self._at:
+            return False
+        if self._failure:
+            raise CopyError(self._failure)
+        if self._action is not None:
+            self._action()
+            self._action = None
+        return True
+
+    def wait(self) -> None:
+        """Let the clock run to the end of the copy. CopyError: it failed."""
+        self._clock.now = max(self._clock.now, self._at)
+        self.done()
+
+
+class StandInDevice:
+    """A device in the CPU's memory.
+
+    memory_bytes: its budget. link: how fast copies are, by the virtual clock. delay: seconds that every copy takes
+    longer, for tests.
+    """
+
+    name = "stand-in"
+
+    def __init__(self, memory_bytes: int, link: Link) -> None:
+        if memory_bytes < 0:
+            raise ValueError(f"the device's memory is {memory_bytes} bytes; it must be 0 or more")
+        self.memory_bytes, self.link, self.clock, self.delay = memory_bytes, link, VirtualClock(), 0.0
+        self.used_bytes = 0
+        self._stream = Stream(self)
+        self._failures: Iterator[str] = iter(())
+
+    def expert_slots(self, like: PackedExperts, count: int) -> StandInSlots:
+        """Allocate slots for experts of a layer. DeviceMemoryError: the budget does not hold them."""
+        size = count * like.native.expert_nbytes
+        if self.used_bytes + size > self.memory_bytes:
+            raise DeviceMemoryError(
+                f"{count} experts of {like.native.expert_nbytes} bytes do not fit: the device has "
+                f"{self.memory_bytes} bytes, {self.used_bytes} of them in use"
+            )
+        self.used_bytes += size
+        return StandInSlots(self, self._stream, like, count)
+
+    @contextmanager
+    def failing(self, reasons: Iterator[str]) -> Iterator[None]:
+        """Let the next copies fail, each with a reason; "" is a copy that succeeds. For tests."""
+        self._failures = reasons
+        try:
+            yield
+        finally:
+            self._failures = iter(())
+
+    def next_failure(self) -> str | None:
+        return next(self._failures, "") or None
+
+
+class StandInSlots:
+    """Slots that are experts of a native layer of their own, which the CPU's kernels multiply."""
+
+    def __init__(self, device: StandInDevice, stream: Stream, like: PackedExperts, count: int) -> None:
+        self.count = count
+        self._device, self._stream, self._size = device, stream, like.native.expert_nbytes
+        self._experts = like.empty(count)
+        for slot in range(count):
+            self._experts.native.fill(slot, _NO_NUMBER)
+
+    def copy_in(self, slot: int, source: PackedExperts, expert: int) -> SimulatedEvent:
+        """Begin to copy an expert of the CPU's into a slot, which is no number until then."""
+        self._experts.native.fill(slot, _NO_NUMBER)
+        return self._copy(self._experts.native, slot, source.native, expert)
+
+    def copy_out(self, slot: int, target: PackedExperts, expert: int) -> SimulatedEvent:
+        """Begin to copy a slot to where the CPU has the expert."""
+        return self._copy(target.native, expert, self._experts.native, slot)
+
+    def run(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum over the slots named, [T, H]; a slot of `count` is skipped."""
+        return launch(x_TH, slots_TK, weights_TK, self._experts)
+
+    def free(self) -> None:
+        """Give the memory back to the budget."""
+        self._device.used_bytes -= self.count * self._size
+        self.count = 0
+
+    def _copy(self, to: _native.Experts, index: int, source: _native.Experts, source_index: int) -> SimulatedEvent:
+        return self._stream.copy(self._size, lambda: to.copy(index, source, source_index))

@@ -1,0 +1,222 @@
+"""A layer on two sides computes what it computes on one, whatever moves meanwhile."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers.compare import assert_exact, assert_reduction
+from helpers.layers import DTYPES, EXPERTS, HIDDEN, Layer, random_inputs, random_layer
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ktcompile.ops import PackedExperts, moe
+from ktcompile.ops.split import attach
+from ktcompile.plan.hardware import Link
+from ktcompile.quant import FORMATS
+from ktcompile.runtime.devices import Placer
+from ktcompile.runtime.split import SplitCall, SplitExperts
+from ktcompile.runtime.stand_in import StandInDevice
+
+LINK = Link(bandwidth=1e9, latency=1e-3)
+BATCHES = (1, 7, 40)
+
+
+def split(experts: PackedExperts, slots: int, **options: bool) -> tuple[SplitExperts, StandInDevice]:
+    device = StandInDevice(1 << 30, LINK)
+    layer = SplitExperts(experts, device, slots, **options)
+    attach(experts, layer)
+    return layer, device
+
+
+def resident(layer: SplitExperts, count: int) -> None:
+    for expert in range(EXPERTS - count, EXPERTS):  # not those whose slots have the same number
+        layer.promote(expert)
+    layer.settle()
+    assert len(layer.resident) == count
+
+
+@pytest.mark.parametrize("count", [0, 1, EXPERTS // 2, EXPERTS - 1, EXPERTS])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_any_number_of_resident_experts(weight_format, count):
+    layer = random_layer(weight_format=weight_format, bias=True)
+    plain, experts = layer.pack(), layer.pack()
+    both, _ = split(experts, count)
+    resident(both, count)
+    for dtype in DTYPES:
+        for tokens in (0, *BATCHES):
+            inputs = random_inputs(tokens, dtype)
+            got, wanted = moe(*inputs, experts), moe(*inputs, plain)
+            if count in (0, EXPERTS):
+                assert_exact(got, wanted, f"{dtype}, {tokens} tokens")
+            else:
+                assert_parts(got, wanted)
+
+
+def assert_parts(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Both parts are rounded, and their sum."""
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    if not len(got):
+        return
+    if got.dtype == torch.float32:
+        assert_reduction(got, wanted)
+    else:
+        unit = torch.finfo(got.dtype).eps
+        assert float((got.double() - wanted.double()).norm() / wanted.double().norm()) <= 2 * unit
+
+
+def test_ids_of_other_machines_are_skipped_and_negative_ones_refused():
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, _ = split(experts, 2)
+    resident(both, 2)
+    x, ids, weights = random_inputs(9)
+    ids[::2, 1] = EXPERTS + 3
+    assert_parts(moe(x, ids, weights, experts), moe(x, ids, weights, plain))
+    ids[3, 0] = -2
+    with pytest.raises(ValueError, match="topk_ids has -2"):
+        moe(x, ids, weights, experts)
+    assert_parts(moe(*random_inputs(9), experts), moe(*random_inputs(9), plain))  # and nothing hangs on
+
+
+def test_an_expert_is_on_one_side_unless_a_copy_is_kept():
+    one, two = random_layer().pack(), random_layer().pack()
+    size = one.native.expert_nbytes
+    moved, _ = split(one, 2)
+    kept, _ = split(two, 2, keep_cpu_copy=True)
+    resident(moved, 2)
+    resident(kept, 2)
+    assert (moved.cpu_bytes, kept.cpu_bytes) == ((EXPERTS - 2) * size, EXPERTS * size)
+
+
+def test_weights_that_are_asked_for_come_back():
+    layer = random_layer(weight_format="int4_g32")
+    plain, experts = layer.pack(), layer.pack()
+    both, _ = split(experts, 3)
+    resident(both, 3)
+    for got, wanted in zip(experts.unpack(EXPERTS - 1), plain.unpack(EXPERTS - 1), strict=True):
+        assert torch.equal(got, wanted)
+    gate_up, down = torch.empty_like(layer.gate_up), torch.empty_like(layer.down)
+    experts.unpack_into(gate_up, down)
+    assert torch.equal(gate_up, layer.stored(layer.gate_up)) and torch.equal(down, layer.stored(layer.down))
+
+
+def test_a_dissolved_layer_is_the_cpus_again():
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, device = split(experts, 3)
+    resident(both, 3)
+    both.dissolve()
+    assert device.used_bytes == 0
+    inputs = random_inputs(9)
+    assert_exact(moe(*inputs, experts), moe(*inputs, plain))
+
+
+@pytest.mark.parametrize("budget", [0, 0.5, 2.5])
+def test_a_budget_that_is_too_small_is_said_and_served(budget, caplog):
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    device = StandInDevice(int(budget * experts.native.expert_nbytes), LINK)
+    with caplog.at_level(logging.WARNING, "ktcompile"):
+        Placer(device, 0.6).place(experts)
+    assert f"{int(budget)} of 3 experts fit" in caplog.text
+    assert_parts(moe(*random_inputs(9), experts), moe(*random_inputs(9), plain))
+
+
+def test_moves_that_cannot_be_are_refused():
+    both, _ = split(random_layer().pack(), 1)
+    both.promote(0)
+    for expert, why in ((0, "on its way there"), (1, "no slot of 1 is free"), (EXPERTS, "none of the layer's 5")):
+        with pytest.raises(ValueError, match=why):
+            both.promote(expert)
+    with pytest.raises(ValueError, match="not on the device"):
+        both.demote(1)
+    both.settle()
+    both.demote(0)
+    with pytest.raises(ValueError, match="is leaving it"):
+        both.demote(0)
+
+
+@pytest.mark.parametrize("outward", [False, True])
+def test_a_copy_that_fails_leaves_its_expert_where_it_was(outward, caplog):
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, device = split(experts, 2)
+    if outward:
+        resident(both, 2)
+    before = both.resident
+    with device.failing(iter(["unplugged"])), caplog.at_level(logging.WARNING, "ktcompile"):
+        both.demote(EXPERTS - 1) if outward else both.promote(3)
+        both.settle()
+    assert both.resident == before and not both.moving
+    assert "unplugged" in caplog.text and ("stays on the device" if outward else "stays with the CPU") in caplog.text
+    assert_parts(moe(*random_inputs(9), experts), moe(*random_inputs(9), plain))
+    both.demote(EXPERTS - 1) if outward else both.promote(3)  # the next attempt may succeed
+    both.settle()
+    assert both.resident != before
+
+
+LAYERS: dict[str, Layer] = {}
+
+
+class Moves(RuleBasedStateMachine):
+    """Experts move, copies are late or fail, calls begin and end between: every result is right."""
+
+    @initialize(
+        weight_format=st.sampled_from(("fp32", "bf16", "int8_dyn", "int4_g32_zp", "mxfp4")),
+        slots=st.integers(0, EXPERTS),
+        keep=st.booleans(),
+    )
+    def start(self, weight_format, slots, keep):
+        layer = LAYERS.setdefault(weight_format, random_layer(weight_format=weight_format, bias=True))
+        self.plain, self.experts = layer.pack(), layer.pack()
+        self.layer, self.device = split(self.experts, slots, keep_cpu_copy=keep)
+        self.under_way: list[tuple[SplitCall, tuple[torch.Tensor, ...]]] = []
+
+    @rule(expert=st.integers(0, EXPERTS - 1), fails=st.booleans())
+    def promote(self, expert, fails):
+        if self.layer.free_slots and expert not in self.layer.resident | self.layer.moving:
+            with self.device.failing(iter(["fault"] * fails)):
+                self.layer.promote(expert)
+
+    @rule(expert=st.integers(0, EXPERTS - 1), fails=st.booleans())
+    def demote(self, expert, fails):
+        if expert in self.layer.resident - self.layer.moving:
+            with self.device.failing(iter(["fault"] * fails)):
+                self.layer.demote(expert)
+
+    @rule(seconds=st.sampled_from((0.0, 1e-3, 0.1)), delay=st.sampled_from((0.0, 0.05)))
+    def wait(self, seconds, delay):
+        self.device.clock.advance(seconds)
+        self.device.delay = delay
+
+    @rule(tokens=st.sampled_from(BATCHES), seed=st.integers(0, 3))
+    def begin(self, tokens, seed):
+        inputs = random_inputs(tokens, seed=seed)
+        self.under_way.append((self.layer.submit(*inputs), inputs))
+
+    @precondition(lambda self: self.under_way)
+    @rule(which=st.integers(0, 9))
+    def finish(self, which):
+        call, inputs = self.under_way.pop(which % len(self.under_way))
+        got = call.finish(call.resident(inputs[0], inputs[2]))
+        assert_reduction(got, moe(*inputs, self.plain))
+
+    @invariant()
+    def every_expert_is_somewhere(self):
+        layer, size = self.layer, self.experts.native.expert_nbytes
+        on_cpu = EXPERTS - len(layer._released)
+        assert layer._released <= layer.resident
+        assert layer.cpu_bytes == on_cpu * size and self.device.used_bytes == layer.slots * size
+        taken = [*layer._slot_of.values(), *(m.slot for m in layer._entering.values()), *layer._free]
+        assert sorted(taken) == list(range(layer.slots))
+
+    def teardown(self):
+        for call, _ in getattr(self, "under_way", ()):
+            call.finish(torch.zeros(1, HIDDEN))
+
+
+TestMoves = Moves.TestCase
+TestMoves.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
