@@ -29,6 +29,10 @@ def test_every_option_can_be_given():
         "weights": "take",
         "inner": "eager",
         "isa": "scalar",
+        "device": "stand-in",
+        "device_expert_fraction": 0.25,
+        "device_memory": 1 << 20,
+        "keep_cpu_copy": True,
         "disable_passes": ["fuse_moe"],
         "dump_graphs": "graphs",
     }
