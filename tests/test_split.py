@@ -139,6 +139,22 @@ def test_moves_that_cannot_be_are_refused():
         both.demote(0)
 
 
+def test_a_device_that_fails_does_not_hold_up_what_follows(monkeypatch):
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, _ = split(experts, 2)
+    resident(both, 2)
+    x, ids, weights = random_inputs(9)
+    ticket = torch.ops.kt.moe_submit(x, ids, weights, experts.handle)
+    with monkeypatch.context() as patch:
+        patch.setattr(both._memory, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("no power")))
+        with pytest.raises(RuntimeError, match="no power"):
+            torch.ops.kt.moe_resident(x, weights, ticket)
+    both.demote(EXPERTS - 1)
+    both.settle()  # nothing is under way
+    assert_parts(moe(x, ids, weights, experts), moe(x, ids, weights, plain))
+
+
 @pytest.mark.parametrize("outward", [False, True])
 def test_a_copy_that_fails_leaves_its_expert_where_it_was(outward, caplog):
     layer = random_layer()

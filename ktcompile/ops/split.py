@@ -38,6 +38,10 @@ class Submitted(Protocol):
         """Return the sum of both parts once the CPU's is there."""
         ...
 
+    def abandon(self) -> None:
+        """End the call without a result."""
+        ...
+
 
 class SplitLayer(Protocol):
     """A layer with experts on both sides."""
@@ -73,7 +77,12 @@ def _submit(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, 
 
 @torch.library.impl(LIBRARY, "moe_resident", "CPU")
 def _resident(x_TH: torch.Tensor, weights_TK: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
-    return _under_way[int(ticket)].resident(x_TH, weights_TK)
+    call = _under_way[int(ticket)]
+    try:
+        return call.resident(x_TH, weights_TK)
+    except BaseException:
+        _under_way.pop(int(ticket)).abandon()
+        raise
 
 
 @torch.library.impl(LIBRARY, "moe_wait", "CPU")

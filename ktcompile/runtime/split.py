@@ -9,6 +9,7 @@ Shape suffixes: T tokens, K top_k, H hidden_size, E experts.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -219,6 +220,12 @@ class SplitCall:
             return cpu_TH + resident_TH if self._any_resident else cpu_TH
         finally:
             self._layer.count_under_way(-1)
+
+    def abandon(self) -> None:
+        """End the call without a result, once the CPU reads none of its arguments any more."""
+        if self._cpu is not None:
+            concurrent.futures.wait([self._cpu])
+        self._layer.count_under_way(-1)
 
 
 @functools.cache
