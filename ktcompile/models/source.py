@@ -38,12 +38,13 @@ class StoredTensor:
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """A described model. config: the contents of its config.json. tensors: of its weights; None: there are none.
-    notes: what was missing."""
+    notes: what was missing. loadable: the weights are where `name` says, as far as is known."""
 
     name: str
     config: dict[str, Any]
     tensors: tuple[StoredTensor, ...] | None
     notes: tuple[str, ...] = ()
+    loadable: bool = False
 
 
 def describe_source(model: str | Path) -> ModelSource:
@@ -101,7 +102,7 @@ def _from_folder(folder: Path, name: str) -> ModelSource:
         text = found if len(files) > 1 else f"{found} safetensors files"
         return ModelSource(name, _read_config(config), None, (f"{text}: sizes are those of the configuration alone",))
     tensors = tuple(tensor for file in files for tensor in read_header(file))
-    return ModelSource(name, _read_config(config), tensors)
+    return ModelSource(name, _read_config(config), tensors, loadable=True)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -136,5 +137,5 @@ def _from_hub(model: str) -> ModelSource:
         note = (
             f"the hub does not give headers of weights ({type(error).__name__}): sizes are those of the configuration"
         )
-        return ModelSource(model, config, None, (note,))
-    return ModelSource(model, config, stored)
+        return ModelSource(model, config, None, (note,), loadable=True)
+    return ModelSource(model, config, stored, loadable=True)
