@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from helpers.quantized_models import KINDS
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -275,6 +276,16 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_reported(tmp_path):
     save_file({"model.norm.weight": torch.zeros(64)}, tmp_path / "model.safetensors")
     (note,) = architecture(describe_source(tmp_path)).notes
     assert "fewer than its configuration asks for" in note
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_quantised_checkpoints_agree_with_their_configuration(name, tmp_path):
+    kind = KINDS[name]
+    model = kind.write(tmp_path)
+    found = architecture(describe_source(tmp_path))
+    assert (found.stored_format, found.notes) == (kind.weight_format, ())
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.stored_bytes == sum(t.size for f in tmp_path.glob("*.safetensors") for t in read_header(f))
 
 
 def test_without_weights_the_configuration_is_enough(tmp_path):

@@ -11,18 +11,24 @@ from ktcompile.quant import FORMATS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_SCALES = (
+    *("weight_scale_inv", "weight_scale", "scale", "qzeros", "scales", "g_idx"),
+    *("weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "activation_scale"),
+)
+_SUFFIXES_OF_SCALES = ("_proj_scales", "_proj_scale_inv", "_proj_activation_scale")
+
 
 def differences(source: ModelSource, model: PreTrainedModel, stored_format: str) -> list[str]:
     """Return a sentence if the checkpoint has other parameters than `model`, by their number of elements.
 
     Names do not serve: checkpoints have experts one by one, models all in one. What transformers leaves out on
-    purpose is left out here. Elements of quantised checkpoints are not counted.
+    purpose is left out here. Of quantised weights the codes are counted.
     """
     if source.tensors is None:
         return []
-    if FORMATS[stored_format].storage is None:
-        return ["the checkpoint is quantised: its headers were not compared with the configuration"]
-    stored = sum(t.elements for t in source.tensors if not _is_left_out(t, model))
+    quantized = FORMATS[stored_format].storage is None
+    kept = [t for t in source.tensors if not _is_left_out(t, model)]
+    stored = sum(_weights(t) if quantized else t.elements for t in kept)
     wanted = sum(p.numel() for p in model.parameters()) + _saved_buffers(model)
     if stored == wanted:
         return []
@@ -31,6 +37,17 @@ def differences(source: ModelSource, model: PreTrainedModel, stored_format: str)
         f"the checkpoint has {abs(stored - wanted):,} elements {more} than its configuration asks for "
         f"({stored:,}, not {wanted:,}): figures are those of the configuration"
     ]
+
+
+def _weights(tensor: StoredTensor) -> int:
+    """Return how many weights a tensor of a quantised checkpoint stands for: none if it holds scales and the like."""
+    if tensor.name.rpartition(".")[2] in _SCALES or tensor.name.endswith(_SUFFIXES_OF_SCALES):
+        return 0
+    if tensor.name.endswith((".qweight", ".weight_packed")):
+        return tensor.elements * 8  # of four bits in 32
+    if tensor.name.endswith("_blocks") or (tensor.dtype == "I8" and tensor.name.endswith(".weight")):
+        return tensor.elements * 2
+    return tensor.elements
 
 
 def _is_left_out(tensor: StoredTensor, model: PreTrainedModel) -> bool:

@@ -285,10 +285,10 @@ def _stored_format(source: ModelSource, dtype: torch.dtype, notes: list[str]) ->
     except ValueError as error:
         notes.append(f"this checkpoint cannot be loaded: {error}")
         reader = None
-    return _FORMAT_OF_DTYPE[dtype] if reader is None else _format_of_reader(reader)
+    return _FORMAT_OF_DTYPE[dtype] if reader is None else _format_of_reader(reader, source.config)
 
 
-def _format_of_reader(reader: Reader) -> str:
+def _format_of_reader(reader: Reader, config: dict[str, Any]) -> str:
     if isinstance(reader, Mxfp4Reader):
         return "mxfp4"
     if isinstance(reader, Fp8Reader):
@@ -298,7 +298,16 @@ def _format_of_reader(reader: Reader) -> str:
     sizes = reader.group_sizes if isinstance(reader, CompressedTensorsReader) else (_group_size(reader),)
     group = next((g for g in (128, 64, 32) if sizes[0] % g == 0), 32)
     has_zeros = isinstance(reader, AwqReader) or (isinstance(reader, GptqReader) and not reader.symmetric)
+    has_zeros = has_zeros or _is_asymmetric(config)
     return f"int4_g{group}{'_zp' if has_zeros else ''}"
+
+
+def _is_asymmetric(config: dict[str, Any]) -> bool:
+    """Return whether compressed-tensors has zero points."""
+    inner = config.get("text_config") or {}
+    places = [c.get(key) or {} for c in (config, inner) for key in _QUANTIZATION]
+    groups = [group for place in places for group in place.get("config_groups", {}).values()]
+    return any(not (group.get("weights") or {}).get("symmetric", True) for group in groups)
 
 
 def _group_size(reader: Reader) -> int:
