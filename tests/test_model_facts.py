@@ -358,6 +358,28 @@ def test_a_hub_that_does_not_answer_says_what_to_do(monkeypatch):
         describe_source("owner/name")
 
 
+def test_a_hub_model_is_described_by_what_the_hub_sends(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    CASES["mixtral"][0].save_pretrained(tmp_path)
+    tensor = TensorInfo(dtype="BF16", shape=[64], data_offsets=(0, 128))
+    file = SafetensorsFileMetadata(metadata={}, tensors={"model.norm.weight": tensor})
+    headers = SafetensorsRepoMetadata({}, False, {"model.norm.weight": "a"}, {"a": file})
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda model, name: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda model: headers)
+    found = describe_source("owner/name")
+    assert (found.name, found.loadable, found.notes) == ("owner/name", True, ())
+    assert [(t.name, t.dtype, t.elements, t.size) for t in found.tensors] == [("model.norm.weight", "BF16", 64, 128)]
+
+    def fail(model):
+        raise OSError("gone")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", fail)
+    found = describe_source("owner/name")
+    assert found.tensors is None and "does not give headers" in found.notes[0]
+
+
 def test_the_embedded_model():
     found = architecture(describe_source(tiny_model.path()))
     assert (len(found.experts), found.experts[0].num_experts, found.experts[0].top_k) == (4, 16, 4)

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktcompile.plan.advice import warnings
@@ -153,6 +153,7 @@ def test_bytes_add_up_and_are_never_negative(name, device, ram, bits, context, b
         assert found.cache_tokens is None or found.cache_tokens >= context
 
 
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(PRESETS)), MEMORY, MEMORY, MEMORY, MEMORY, st.sampled_from([4, 16]), st.integers(1, 8))
 def test_more_memory_never_decodes_slower(name, device, more_device, ram, more_ram, bits, batch):
     wanted = Workload(4096, batch)

@@ -98,9 +98,9 @@ def _from_folder(folder: Path, name: str) -> ModelSource:
     files = weight_files(folder)
     missing = [file for file in files if not file.is_file()]
     if missing or not files:
-        found = f"{len(missing)} of {len(files)} files of weights are missing" if len(files) > 1 else "there are no"
-        text = found if len(files) > 1 else f"{found} safetensors files"
-        return ModelSource(name, _read_config(config), None, (f"{text}: sizes are those of the configuration alone",))
+        found = f"{len(missing)} of {len(files)} files of weights are missing" if files else "there are no safetensors"
+        note = f"{found}: sizes are those of the configuration alone"
+        return ModelSource(name, _read_config(config), None, (note,))
     tensors = tuple(tensor for file in files for tensor in read_header(file))
     return ModelSource(name, _read_config(config), tensors, loadable=True)
 
