@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 
 from ktcompile import __version__
-from ktcompile.cli import bench, doctor, generate
+from ktcompile.cli import bench, doctor, generate, plan
 
-_COMMANDS = (generate, doctor, bench)
+_COMMANDS = (generate, plan, doctor, bench)
 # Other libraries' errors may list everything that they know.
 _LONGEST_ERROR = 800
 
@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ktc",
         description="Run Mixture-of-Experts models on ordinary machines.",
-        epilog="examples:\n  ktc doctor\n  ktc generate 'def fibonacci(n):'\n  ktc bench kernels --quick\n\n"
+        epilog="examples:\n  ktc doctor\n  ktc plan --hardware laptop\n  ktc generate 'def fibonacci(n):'\n"
+        "  ktc bench kernels --quick\n\n"
         "'ktc COMMAND --help' describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -26,7 +26,7 @@ def locate(model: str | Path) -> str:
         return str(folder)
     if folder.exists():
         raise ValueError(f"{folder} is a file; a model is a directory with config.json and weights")
-    if isinstance(model, Path) or not _is_hub_id(model):
+    if isinstance(model, Path) or not is_hub_id(model):
         raise FileNotFoundError(f"there is no directory {folder}")
     return model
 
@@ -35,7 +35,7 @@ def check(folder: Path) -> None:
     """Read the header of each weights file of a model, not the weights. Errors as for `locate`."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} is missing; {folder} is not the directory of a model")
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing")
         try:
@@ -53,7 +53,7 @@ class Shards(Mapping[str, Tensor]):
         check(folder)
         self._files: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             self._open[file] = safe_open(file, "pt")
             self._files.update(dict.fromkeys(self._open[file].keys(), file))
 
@@ -80,7 +80,7 @@ class Shards(Mapping[str, Tensor]):
         raise KeyError(name)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     index = folder / _INDEX
     if not index.is_file():
         # Weights of another name or format are for transformers to find.
@@ -94,7 +94,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in sorted(shards)]
 
 
-def _is_hub_id(model: str) -> bool:
+def is_hub_id(model: str) -> bool:
     """Return whether `model` has the form of "name" or "owner/name"."""
     parts = model.split("/")
     return len(parts) <= 2 and all(parts) and model[0] not in ".~"
