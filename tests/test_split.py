@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ktcompile.ops import PackedExperts, moe
 from ktcompile.ops.split import attach
 from ktcompile.plan.hardware import Link
 from ktcompile.quant import FORMATS
+from ktcompile.runtime.device import DeviceMemoryError
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitCall, SplitExperts
 from ktcompile.runtime.stand_in import StandInDevice
@@ -24,15 +26,16 @@ LINK = Link(bandwidth=1e9, latency=1e-3)
 BATCHES = (1, 7, 40)
 
 
-def split(experts: PackedExperts, slots: int, **options: bool) -> tuple[SplitExperts, StandInDevice]:
-    device = StandInDevice(1 << 30, LINK)
-    layer = SplitExperts(experts, device, slots, **options)
+def split(experts: PackedExperts, room: int, **options: bool) -> tuple[SplitExperts, StandInDevice]:
+    """Put a layer beside a device with room for so many experts."""
+    device = StandInDevice(room * experts.native.expert_nbytes, LINK)
+    layer = SplitExperts(experts, device, **options)
     attach(experts, layer)
     return layer, device
 
 
 def resident(layer: SplitExperts, count: int) -> None:
-    for expert in range(EXPERTS - count, EXPERTS):  # not those whose slots have the same number
+    for expert in range(EXPERTS - count, EXPERTS):
         layer.promote(expert)
     layer.settle()
     assert len(layer.resident) == count
@@ -128,9 +131,11 @@ def test_a_budget_that_is_too_small_is_said_and_served(budget, caplog):
 def test_moves_that_cannot_be_are_refused():
     both, _ = split(random_layer().pack(), 1)
     both.promote(0)
-    for expert, why in ((0, "on its way there"), (1, "no slot of 1 is free"), (EXPERTS, "none of the layer's 5")):
+    for expert, why in ((0, "on its way there"), (EXPERTS, "none of the layer's 5")):
         with pytest.raises(ValueError, match=why):
             both.promote(expert)
+    with pytest.raises(DeviceMemoryError, match="does not fit"):
+        both.promote(1)
     with pytest.raises(ValueError, match="not on the device"):
         both.demote(1)
     both.settle()
@@ -182,20 +187,22 @@ class Moves(RuleBasedStateMachine):
 
     @initialize(
         weight_format=st.sampled_from(("fp32", "bf16", "int8_dyn", "int4_g32_zp", "mxfp4")),
-        slots=st.integers(0, EXPERTS),
+        room=st.integers(0, EXPERTS),
         keep=st.booleans(),
     )
-    def start(self, weight_format, slots, keep):
+    def start(self, weight_format, room, keep):
         layer = LAYERS.setdefault(weight_format, random_layer(weight_format=weight_format, bias=True))
         self.plain, self.experts = layer.pack(), layer.pack()
-        self.layer, self.device = split(self.experts, slots, keep_cpu_copy=keep)
+        self.layer, self.device = split(self.experts, room, keep_cpu_copy=keep)
         self.under_way: list[tuple[SplitCall, tuple[torch.Tensor, ...]]] = []
 
     @rule(expert=st.integers(0, EXPERTS - 1), fails=st.booleans())
     def promote(self, expert, fails):
-        if self.layer.free_slots and expert not in self.layer.resident | self.layer.moving:
-            with self.device.failing(iter(["fault"] * fails)):
-                self.layer.promote(expert)
+        if expert in self.layer.resident | self.layer.moving:
+            return
+        room = self.device.used_bytes + self.experts.native.expert_nbytes <= self.device.memory_bytes
+        with self.device.failing(iter(["fault"] * fails)), nullcontext() if room else pytest.raises(DeviceMemoryError):
+            self.layer.promote(expert)
 
     @rule(expert=st.integers(0, EXPERTS - 1), fails=st.booleans())
     def demote(self, expert, fails):
@@ -223,11 +230,10 @@ class Moves(RuleBasedStateMachine):
     @invariant()
     def every_expert_is_somewhere(self):
         layer, size = self.layer, self.experts.native.expert_nbytes
-        on_cpu = EXPERTS - len(layer._released)
         assert layer._released <= layer.resident
-        assert layer.cpu_bytes == on_cpu * size and self.device.used_bytes == layer.slots * size
-        taken = [*layer._slot_of.values(), *(m.slot for m in layer._entering.values()), *layer._free]
-        assert sorted(taken) == list(range(layer.slots))
+        assert layer.cpu_bytes == (EXPERTS - len(layer._released)) * size
+        held = len(layer.resident | set(layer._entering))
+        assert self.device.used_bytes == held * size <= self.device.memory_bytes
 
     def teardown(self):
         for call, _ in getattr(self, "under_way", ()):

@@ -130,7 +130,7 @@ def move(layer: SplitExperts, chance: random.Random) -> None:
     if settled and chance.random() < 0.7:
         layer.demote(chance.choice(sorted(settled)))
     outside = sorted(set(range(layer.experts.num_experts)) - layer.resident - layer.moving)
-    if layer.free_slots and outside:
+    if outside:
         layer.promote(chance.choice(outside))
     if chance.random() < 0.5:
         layer.settle()

@@ -17,36 +17,43 @@ SLOW = Link(bandwidth=1e6, latency=0.5)
 def test_a_budget_is_kept_and_given_back():
     experts = random_layer().pack()
     size = experts.native.expert_nbytes
-    device = StandInDevice(3 * size, SLOW)
-    first = device.expert_slots(experts, 2)
-    assert device.used_bytes == 2 * size
-    with pytest.raises(DeviceMemoryError, match=rf"2 experts of {size} bytes do not fit: .* {2 * size} of them in use"):
-        device.expert_slots(experts, 2)
-    first.free()
+    device = StandInDevice(2 * size, SLOW)
+    held = device.experts(experts)
     assert device.used_bytes == 0
-    device.expert_slots(experts, 3)
+    held.copy_in(0, experts)
+    held.copy_in(3, experts)
+    assert device.used_bytes == 2 * size
+    with pytest.raises(
+        DeviceMemoryError, match=rf"an expert of {size} bytes does not fit: .* {2 * size} of them in use"
+    ):
+        held.copy_in(1, experts)
+    held.release(3)
+    assert device.used_bytes == size
+    held.copy_in(1, experts)
 
 
 def test_what_a_copy_has_not_brought_is_no_number():
     experts = random_layer().pack()
     device = StandInDevice(1 << 30, SLOW)
-    slots = device.expert_slots(experts, 2)
-    x, _, weights = random_inputs(3, top_k=1)
-    first = torch.zeros(3, 1, dtype=torch.int64)
-    event = slots.copy_in(0, experts, 4)
+    held = device.experts(experts)
+    x, ids, weights = random_inputs(3, top_k=1)
+    fourth = torch.full_like(ids, 4)
+    event = held.copy_in(4, experts)
     assert not event.done()
-    assert slots.run(x, first, weights).isnan().all()
+    assert held.run(x, fourth, weights).isnan().all()
     device.clock.advance(SLOW.seconds(experts.native.expert_nbytes))
     assert event.done()
-    assert torch.equal(slots.run(x, first, weights), moe(x, torch.full_like(first, 4), weights, experts))
-    assert not slots.run(x, torch.full_like(first, slots.count), weights).any()  # a slot of `count` is skipped
+    assert torch.equal(held.run(x, fourth, weights), moe(x, fourth, weights, experts))
+    held.release(4)
+    assert held.run(x, fourth, weights).isnan().all()
+    assert not held.run(x, torch.full_like(ids, EXPERTS), weights).any()  # skipped
 
 
 def test_copies_end_in_their_order_and_after_their_time():
     experts = random_layer().pack()
     device = StandInDevice(1 << 30, SLOW)
-    slots = device.expert_slots(experts, 2)
-    events = [slots.copy_in(0, experts, 0), slots.copy_in(1, experts, 1)]
+    held = device.experts(experts)
+    events = [held.copy_in(0, experts), held.copy_in(1, experts)]
     one = SLOW.seconds(experts.native.expert_nbytes)
     device.clock.advance(1.5 * one)
     assert [e.done() for e in events] == [True, False]
@@ -57,20 +64,12 @@ def test_copies_end_in_their_order_and_after_their_time():
 def test_copies_fail_when_told_to():
     experts = random_layer().pack()
     device = StandInDevice(1 << 30, SLOW)
-    slots = device.expert_slots(experts, 1)
+    held = device.experts(experts)
     with device.failing(iter(("", "the bus is gone"))):
-        good, bad = slots.copy_in(0, experts, 0), slots.copy_in(0, experts, 1)
+        good, bad = held.copy_in(0, experts), held.copy_in(1, experts)
         good.wait()
         with pytest.raises(CopyError, match="the bus is gone"):
             bad.wait()
-
-
-@pytest.mark.parametrize("count", [0, EXPERTS])
-def test_no_slot_and_all_slots(count):
-    experts = random_layer().pack()
-    slots = StandInDevice(1 << 30, SLOW).expert_slots(experts, count)
-    x, ids, weights = random_inputs(2)
-    assert not slots.run(x, torch.full_like(ids, count), weights).any()
 
 
 def test_bad_numbers_are_refused():

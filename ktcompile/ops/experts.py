@@ -51,7 +51,7 @@ class PackedExperts:
         self.isa = check_isa(spec.isa, machine().isas) if spec.isa else machine().isa
         quantized = (w for w in (gate_up_proj, down_proj) if isinstance(w, QuantizedWeight))
         self._native_format = native_format(self.format, *quantized)
-        self.native = self._allocate(self.num_experts)
+        self.native = self._allocate()
         self.fetch: Callable[[int], None] | None = None
         self.handle = torch.tensor([self.number], dtype=torch.int64)
         checks = env.read().self_check
@@ -65,10 +65,10 @@ class PackedExperts:
     def nbytes(self) -> int:
         return self.native.nbytes
 
-    def empty(self, count: int) -> PackedExperts:
-        """Return `count` experts of the same shape and format that hold nothing yet, without a handle's meaning."""
+    def empty(self) -> PackedExperts:
+        """Return experts of the same number, shape and format that hold nothing yet, for which no handle stands."""
         other = copy.copy(self)
-        other.native, other.num_experts, other.first_call, other.fetch = self._allocate(count), count, None, None
+        other.native, other.first_call, other.fetch = self._allocate(), None, None
         return other
 
     def unpack_into(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
@@ -95,10 +95,10 @@ class PackedExperts:
             for expert in experts:
                 self.fetch(expert)
 
-    def _allocate(self, count: int) -> _native.Experts:
+    def _allocate(self) -> _native.Experts:
         activation = self.spec.activation
         return _native.Experts(
-            count,
+            self.num_experts,
             self.hidden_size,
             self.intermediate_size,
             self._native_format,

@@ -32,26 +32,23 @@ class Event(Protocol):
         ...
 
 
-class ExpertSlots(Protocol):
-    """Memory of a device for some experts of one layer. A slot holds nothing until a copy into it has ended."""
+class DeviceExperts(Protocol):
+    """The experts of one layer as a device sees them: it holds those that were copied to it, by their numbers."""
 
-    @property
-    def count(self) -> int: ...
-
-    def copy_in(self, slot: int, source: PackedExperts, expert: int) -> Event:
-        """Begin to copy an expert of the CPU's into a slot."""
+    def copy_in(self, expert: int, source: PackedExperts) -> Event:
+        """Take memory for an expert and begin to copy it. DeviceMemoryError: the budget has no room."""
         ...
 
-    def copy_out(self, slot: int, target: PackedExperts, expert: int) -> Event:
-        """Begin to copy a slot to where the CPU has the expert."""
+    def copy_out(self, expert: int, target: PackedExperts) -> Event:
+        """Begin to copy an expert to where the CPU has it."""
         ...
 
-    def run(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum over the slots named, [T, H]; a slot of `count` is skipped."""
+    def release(self, expert: int) -> None:
+        """Give an expert's memory back to the budget."""
         ...
 
-    def free(self) -> None:
-        """Give the memory back to the budget."""
+    def run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum over the experts named, [T, H]; ids of num_experts are skipped."""
         ...
 
 
@@ -67,6 +64,6 @@ class Device(Protocol):
     @property
     def used_bytes(self) -> int: ...
 
-    def expert_slots(self, like: PackedExperts, count: int) -> ExpertSlots:
-        """Allocate slots for experts of a layer. DeviceMemoryError: the budget does not hold them."""
+    def experts(self, like: PackedExperts) -> DeviceExperts:
+        """Return room for experts of a layer, none of which it holds yet."""
         ...

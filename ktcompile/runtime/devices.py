@@ -8,7 +8,7 @@ from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.split import attach, layer_of
 from ktcompile.plan.hardware import preset
-from ktcompile.runtime.device import Device
+from ktcompile.runtime.device import Device, DeviceMemoryError
 from ktcompile.runtime.split import SplitExperts
 from ktcompile.runtime.stand_in import StandInDevice
 
@@ -43,19 +43,15 @@ class Placer:
         if isinstance(before, SplitExperts):
             before.dissolve()
         wanted = round(self._fraction * experts.num_experts)
-        size = experts.native.expert_nbytes
-        slots = min(wanted, (self._device.memory_bytes - self._device.used_bytes) // size)
-        if slots < wanted:
-            logger.warning(
-                "%s: %d of %d experts fit into what is left of the %s device's %d bytes; the others stay with the CPU",
-                experts.name or "a layer",
-                slots,
-                wanted,
-                self._device.name,
-                self._device.memory_bytes,
-            )
-        layer = SplitExperts(experts, self._device, slots, keep_cpu_copy=self._keep_cpu_copy)
+        layer = SplitExperts(experts, self._device, keep_cpu_copy=self._keep_cpu_copy)
         attach(experts, layer)
-        for expert in range(slots):
-            layer.promote(expert)
+        for expert in range(wanted):
+            try:
+                layer.promote(expert)
+            except DeviceMemoryError as error:
+                name = experts.name or "a layer"
+                logger.warning(
+                    "%s: %d of %d experts fit; the others stay with the CPU: %s", name, expert, wanted, error
+                )
+                break
         layer.settle()

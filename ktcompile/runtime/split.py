@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 
@@ -21,12 +20,6 @@ from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.moe import check, run
 from ktcompile.runtime.device import CopyError, Device, Event
-
-
-@dataclass(slots=True)
-class _Move:
-    slot: int
-    event: Event
 
 
 class _NoCopy:
@@ -42,22 +35,20 @@ class _NoCopy:
 class SplitExperts:
     """The experts of one layer, some of them on a device.
 
-    slots: experts that the device holds at most. keep_cpu_copy: experts on the device stay with the CPU too, so that
-    they can leave the device without a copy.
+    keep_cpu_copy: experts on the device stay with the CPU too, so that they can leave the device without a copy.
     """
 
-    def __init__(self, experts: PackedExperts, device: Device, slots: int, *, keep_cpu_copy: bool = False) -> None:
+    def __init__(self, experts: PackedExperts, device: Device, *, keep_cpu_copy: bool = False) -> None:
         self.experts, self.keep_cpu_copy = experts, keep_cpu_copy
-        self._memory = device.expert_slots(experts, slots)
-        self._free = list(range(slots))[::-1]
-        self._slot_of: dict[int, int] = {}
+        self._memory = device.experts(experts)
+        self._resident: set[int] = set()
         self._released: set[int] = set()
-        self._entering: dict[int, _Move] = {}
-        self._leaving: dict[int, _Move] = {}
+        self._entering: dict[int, Event] = {}
+        self._leaving: dict[int, Event] = {}
         self._under_way = 0
         # One more entry each: ids of num_experts and more are those of other machines, and skipped on both sides.
         self._cpu_id = torch.arange(experts.num_experts + 1)
-        self._device_id = torch.full((experts.num_experts + 1,), slots)
+        self._device_id = torch.full((experts.num_experts + 1,), experts.num_experts)
         self.counts = torch.zeros(experts.num_experts, dtype=torch.int64)
         self.bytes_moved = 0
         experts.fetch = self._fetch
@@ -65,16 +56,7 @@ class SplitExperts:
     @property
     def resident(self) -> frozenset[int]:
         """The experts that the device computes."""
-        return frozenset(self._slot_of)
-
-    @property
-    def slots(self) -> int:
-        """How many experts the device holds at most."""
-        return self._memory.count
-
-    @property
-    def free_slots(self) -> int:
-        return len(self._free)
+        return frozenset(self._resident)
 
     @property
     def moving(self) -> frozenset[int]:
@@ -84,28 +66,25 @@ class SplitExperts:
     @property
     def cpu_bytes(self) -> int:
         """Bytes of weights that the CPU holds."""
-        each = self.experts.native.expert_nbytes
-        return (self.experts.num_experts - len(self._released)) * each
+        return (self.experts.num_experts - len(self._released)) * self.experts.native.expert_nbytes
 
     def promote(self, expert: int) -> None:
-        """Begin to move an expert to the device. ValueError: it is there or on its way, or no slot is free."""
+        """Begin to move an expert to the device.
+
+        ValueError: it is there or on its way. DeviceMemoryError: there is no room.
+        """
         self._check(expert)
-        if expert in self._slot_of or expert in self._entering:
+        if expert in self._resident or expert in self._entering:
             raise ValueError(f"expert {expert} is on the device or on its way there")
-        if not self._free:
-            raise ValueError(f"no slot of {self._memory.count} is free for expert {expert}")
-        slot = self._free.pop()
-        self._entering[expert] = _Move(slot, self._memory.copy_in(slot, self.experts, expert))
+        self._entering[expert] = self._memory.copy_in(expert, self.experts)
 
     def demote(self, expert: int) -> None:
         """Begin to move an expert back to the CPU. ValueError: it is not on the device, or on its way already."""
         self._check(expert)
-        if expert not in self._slot_of or expert in self._leaving:
+        if expert not in self._resident or expert in self._leaving:
             raise ValueError(f"expert {expert} is not on the device, or is leaving it")
-        slot = self._slot_of[expert]
         copied = expert in self._released
-        event = self._memory.copy_out(slot, self.experts, expert) if copied else _NoCopy()
-        self._leaving[expert] = _Move(slot, event)
+        self._leaving[expert] = self._memory.copy_out(expert, self.experts) if copied else _NoCopy()
 
     def dissolve(self) -> None:
         """Bring all experts back to the CPU and give the device's memory back. Nothing may be under way."""
@@ -113,27 +92,35 @@ class SplitExperts:
         for expert in self.resident:
             self._fetch(expert)
             self._leave(expert)
-        self._memory.free()
         self.experts.fetch = None
 
     def settle(self) -> None:
         """Wait for all copies, and switch. Nothing may be under way."""
         assert not self._under_way
-        for move in (*self._entering.values(), *self._leaving.values()):
+        for event in (*self._entering.values(), *self._leaving.values()):
             with contextlib.suppress(CopyError):  # `poll` meets it again, and reports it
-                move.event.wait()
+                event.wait()
         self.poll()
 
     def poll(self) -> None:
         """Switch what has been copied, unless a call is under way. An expert whose copy failed stays where it was."""
         if self._under_way:
             return
-        for expert in list(self._entering):
-            if self._ended(self._entering, expert, "stays with the CPU", self._free):
-                self._enter(expert, self._entering.pop(expert).slot)
-        for expert in list(self._leaving):
-            if self._ended(self._leaving, expert, "stays on the device", None):
-                self._leaving.pop(expert)
+        for expert, event in list(self._entering.items()):
+            match self._outcome(event, expert, "stays with the CPU"):
+                case True:
+                    self._enter(expert)
+                case False:
+                    continue
+                case None:
+                    self._memory.release(expert)
+            del self._entering[expert]
+        for expert, event in list(self._leaving.items()):
+            outcome = self._outcome(event, expert, "stays on the device")
+            if outcome is False:
+                continue
+            del self._leaving[expert]
+            if outcome:
                 self._released.discard(expert)
                 self._leave(expert)
 
@@ -152,50 +139,48 @@ class SplitExperts:
     def count_under_way(self, change: int) -> None:
         self._under_way += change
 
-    def _enter(self, expert: int, slot: int) -> None:
-        self._slot_of[expert] = slot
-        self._device_id[expert], self._cpu_id[expert] = slot, self.experts.num_experts
+    def _enter(self, expert: int) -> None:
+        self._resident.add(expert)
+        self._device_id[expert], self._cpu_id[expert] = expert, self.experts.num_experts
         self.bytes_moved += self.experts.native.expert_nbytes
         if not self.keep_cpu_copy:
             self._released.add(expert)
             self.experts.native.release(expert)
 
     def _leave(self, expert: int) -> None:
-        self._free.append(self._slot_of.pop(expert))
-        self._device_id[expert], self._cpu_id[expert] = self._memory.count, expert
+        self._resident.discard(expert)
+        self._memory.release(expert)
+        self._device_id[expert], self._cpu_id[expert] = self.experts.num_experts, expert
 
-    def _ended(self, moves: dict[int, _Move], expert: int, consequence: str, free: list[int] | None) -> bool:
-        move = moves[expert]
+    def _outcome(self, event: Event, expert: int, consequence: str) -> bool | None:
+        """Return whether a copy has ended, None if it failed."""
         try:
-            return move.event.done()
+            return event.done()
         except CopyError as error:
             logger.warning("%s: expert %d %s: %s", self.experts.name or "a layer", expert, consequence, error)
-            del moves[expert]
-            if free is not None:
-                free.append(move.slot)
-            return False
+            return None
 
     def _fetch(self, expert: int) -> None:
         """Bring an expert's weights to the CPU, where they stay beside those of the device."""
         if expert in self._released:
-            self._memory.copy_out(self._slot_of[expert], self.experts, expert).wait()
+            self._memory.copy_out(expert, self.experts).wait()
             self._released.discard(expert)
 
     def _check(self, expert: int) -> None:
         if not 0 <= expert < self.experts.num_experts:
             raise ValueError(f"expert {expert} is none of the layer's {self.experts.num_experts}")
 
-    def run_on_device(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    def run_on_device(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Return the device's part."""
-        return self._memory.run(x_TH.contiguous(), slots_TK, weights_TK.contiguous())
+        return self._memory.run(x_TH.contiguous(), ids_TK, weights_TK.contiguous())
 
 
 class SplitCall:
     """One call of a split layer, which sees where the experts were when it began."""
 
-    def __init__(self, layer: SplitExperts, slots_TK: torch.Tensor) -> None:
-        self._layer, self._slots_TK = layer, slots_TK
-        self._any_resident = bool((slots_TK < layer.slots).any())
+    def __init__(self, layer: SplitExperts, ids_TK: torch.Tensor) -> None:
+        self._layer, self._ids_TK = layer, ids_TK
+        self._any_resident = bool((ids_TK < layer.experts.num_experts).any())
         self._cpu: Future[torch.Tensor] | None = None
 
     def begin(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
@@ -209,7 +194,7 @@ class SplitCall:
         """Return the device's part."""
         if not self._any_resident:
             return torch.zeros_like(x_TH)
-        return self._layer.run_on_device(x_TH, self._slots_TK, weights_TK)
+        return self._layer.run_on_device(x_TH, self._ids_TK, weights_TK)
 
     def finish(self, resident_TH: torch.Tensor) -> torch.Tensor:
         """Return the sum of both parts once the CPU's is there. Where one has all the work, its result is the sum."""

@@ -89,16 +89,21 @@ class StandInDevice:
         self._stream = Stream(self)
         self._failures: Iterator[str] = iter(())
 
-    def expert_slots(self, like: PackedExperts, count: int) -> StandInSlots:
-        """Allocate slots for experts of a layer. DeviceMemoryError: the budget does not hold them."""
-        size = count * like.native.expert_nbytes
+    def experts(self, like: PackedExperts) -> StandInExperts:
+        """Return room for experts of a layer, none of which it holds yet."""
+        return StandInExperts(self, self._stream, like)
+
+    def take(self, size: int) -> None:
+        """Take memory. DeviceMemoryError: the budget has no room."""
         if self.used_bytes + size > self.memory_bytes:
             raise DeviceMemoryError(
-                f"{count} experts of {like.native.expert_nbytes} bytes do not fit: the device has "
-                f"{self.memory_bytes} bytes, {self.used_bytes} of them in use"
+                f"an expert of {size} bytes does not fit: the device has {self.memory_bytes} bytes, "
+                f"{self.used_bytes} of them in use"
             )
         self.used_bytes += size
-        return StandInSlots(self, self._stream, like, count)
+
+    def give_back(self, size: int) -> None:
+        self.used_bytes -= size
 
     @contextmanager
     def failing(self, reasons: Iterator[str]) -> Iterator[None]:
@@ -113,33 +118,32 @@ class StandInDevice:
         return next(self._failures, "") or None
 
 
-class StandInSlots:
-    """Slots that are experts of a native layer of their own, which the CPU's kernels multiply."""
+class StandInExperts:
+    """Experts of a native layer of its own, which the CPU's kernels multiply. What it does not hold is no number."""
 
-    def __init__(self, device: StandInDevice, stream: Stream, like: PackedExperts, count: int) -> None:
-        self.count = count
+    def __init__(self, device: StandInDevice, stream: Stream, like: PackedExperts) -> None:
         self._device, self._stream, self._size = device, stream, like.native.expert_nbytes
-        self._experts = like.empty(count)
-        for slot in range(count):
-            self._experts.native.fill(slot, _NO_NUMBER)
+        self._experts = like.empty()
+        for expert in range(like.num_experts):
+            self._experts.native.fill(expert, _NO_NUMBER)
 
-    def copy_in(self, slot: int, source: PackedExperts, expert: int) -> SimulatedEvent:
-        """Begin to copy an expert of the CPU's into a slot, which is no number until then."""
-        self._experts.native.fill(slot, _NO_NUMBER)
-        return self._copy(self._experts.native, slot, source.native, expert)
+    def copy_in(self, expert: int, source: PackedExperts) -> SimulatedEvent:
+        """Take memory for an expert and begin to copy it. DeviceMemoryError: the budget has no room."""
+        self._device.take(self._size)
+        return self._copy(self._experts.native, source.native, expert)
 
-    def copy_out(self, slot: int, target: PackedExperts, expert: int) -> SimulatedEvent:
-        """Begin to copy a slot to where the CPU has the expert."""
-        return self._copy(target.native, expert, self._experts.native, slot)
+    def copy_out(self, expert: int, target: PackedExperts) -> SimulatedEvent:
+        """Begin to copy an expert to where the CPU has it."""
+        return self._copy(target.native, self._experts.native, expert)
 
-    def run(self, x_TH: torch.Tensor, slots_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum over the slots named, [T, H]; a slot of `count` is skipped."""
-        return launch(x_TH, slots_TK, weights_TK, self._experts)
+    def release(self, expert: int) -> None:
+        """Give an expert's memory back to the budget."""
+        self._experts.native.fill(expert, _NO_NUMBER)
+        self._device.give_back(self._size)
 
-    def free(self) -> None:
-        """Give the memory back to the budget."""
-        self._device.used_bytes -= self.count * self._size
-        self.count = 0
+    def run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum over the experts named, [T, H]; ids of num_experts are skipped."""
+        return launch(x_TH, ids_TK, weights_TK, self._experts)
 
-    def _copy(self, to: _native.Experts, index: int, source: _native.Experts, source_index: int) -> SimulatedEvent:
-        return self._stream.copy(self._size, lambda: to.copy(index, source, source_index))
+    def _copy(self, to: _native.Experts, source: _native.Experts, expert: int) -> SimulatedEvent:
+        return self._stream.copy(self._size, lambda: to.copy(expert, source, expert))
