@@ -1,0 +1,20 @@
+"""Kernels for GPUs, in Triton. Nothing else in ktcompile imports this package unless a GPU is to be used."""
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError("ktcompile.ops.triton needs Triton; install it with: pip install 'ktcompile[gpu]'") from error
+
+from ktcompile.ops.triton.moe import DeviceExperts, device_experts, moe
+from ktcompile.ops.triton.routing import Routing, route
+from ktcompile.ops.triton.weights import DeviceWeight, device_weight
+
+__all__ = [
+    "DeviceExperts",
+    "DeviceWeight",
+    "Routing",
+    "device_experts",
+    "device_weight",
+    "moe",
+    "route",
+]
