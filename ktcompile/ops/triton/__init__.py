@@ -5,16 +5,20 @@ try:
 except ImportError as error:
     raise ImportError("ktcompile.ops.triton needs Triton; install it with: pip install 'ktcompile[gpu]'") from error
 
+from ktcompile.ops.triton.attention import BlockCache, decode_attention, prefill_attention
 from ktcompile.ops.triton.moe import DeviceExperts, device_experts, moe
 from ktcompile.ops.triton.routing import Routing, route
 from ktcompile.ops.triton.weights import DeviceWeight, device_weight
 
 __all__ = [
+    "BlockCache",
     "DeviceExperts",
     "DeviceWeight",
     "Routing",
+    "decode_attention",
     "device_experts",
     "device_weight",
     "moe",
+    "prefill_attention",
     "route",
 ]
