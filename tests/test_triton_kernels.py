@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import run_python
 
 CHECKS = sorted((Path(__file__).parent / "triton_checks").glob("*_checks.py"))
 
@@ -30,8 +31,12 @@ def test_on_the_gpu(checks: Path) -> None:
     run(checks, "0")
 
 
+def test_nothing_else_pays_for_them() -> None:
+    run_python("import sys, ktcompile; assert 'ktcompile.ops.triton' not in sys.modules")
+
+
 def run(checks: Path, interpret: str) -> None:
-    variables = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_DEFAULT_FP_FUSION": "1"}
+    variables = os.environ | {"TRITON_INTERPRET": interpret}
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
     result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout + result.stderr

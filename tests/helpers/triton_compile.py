@@ -22,10 +22,11 @@ TARGETS = {
 }
 # What a block of threads may have, in bytes.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+# Those for tiles of 64 rows and more; tiles of fewer have `mma.sync` on every NVIDIA target.
 _MATRIX_INSTRUCTIONS = {
     "sm_80": r"mma\.sync",
-    "sm_90": r"wgmma\.mma_async|mma\.sync",
-    "sm_100": r"tcgen05\.mma|mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
     "sm_120": r"mma\.sync",
     "gfx942": r"v_mfma",
 }
@@ -68,13 +69,14 @@ def compile_for(launch: Launch, name: str) -> Compiled:
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=TARGETS[name], options=options)
+    compiled = triton.compile(source, target=TARGETS[name], options=launch.options)
     assembly = compiled.asm["amdgcn" if name.startswith("gfx") else "ptx"]
     registers, spilled = (
         _resources_amd(assembly) if name.startswith("gfx") else _resources_nvidia(compiled.asm["cubin"])
     )
-    matrix = len(re.findall(_MATRIX_INSTRUCTIONS[name], assembly))
+    is_narrow = launch.constants.get("M", launch.constants.get("BLOCK_M", 0)) < 64
+    pattern = _MATRIX_INSTRUCTIONS["sm_80" if is_narrow and name.startswith("sm") else name]
+    matrix = len(re.findall(pattern, assembly))
     return Compiled(assembly, matrix, registers, spilled, compiled.metadata.shared)
 
 

@@ -23,6 +23,11 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options. Whether multiply and add are fused is said, since its default changes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Start the kernel on the current stream of its first argument's device. An empty grid does nothing."""
         if 0 in self.grid:
@@ -33,4 +38,4 @@ class Launch:
         first = self.arguments[0]
         assert isinstance(first, torch.Tensor)
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            self.kernel[self.grid](*self.arguments, **constants, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](*self.arguments, **constants, **self.options)
