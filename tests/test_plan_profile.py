@@ -83,7 +83,7 @@ def test_files_hold_all(tmp_path, name, half_life):
     profile.save(tmp_path / name)
     again = RoutingProfile.load(tmp_path / name, (3, 8))
     assert equal(profile, again) and again.half_life == half_life
-    assert os.listdir(tmp_path) == [name]
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
     with pytest.raises(ValueError, match="the model has"):
         RoutingProfile.load(tmp_path / name, (3, 9))
 
@@ -135,7 +135,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, name, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match="cannot be written: No space left"):
         some_profile(2).save(path)
-    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [tmp_path / name]
     with pytest.raises(ValueError, match="cannot be written"):
         some_profile(2).save(tmp_path / "missing" / name)
 

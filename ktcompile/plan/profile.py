@@ -206,9 +206,10 @@ def write_whole(path: Path, write: Any) -> None:
 def read_npz(path: Path, what: str) -> dict[str, Any]:
     """Return the arrays of an npz file. ValueError: it is none, or damaged; FileNotFoundError: there is none."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array")
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise
