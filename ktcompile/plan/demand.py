@@ -77,36 +77,24 @@ def layer_seconds(table: ExpertTable, demand: Demand, order_LE: np.ndarray) -> F
     return device + _mean_excess(cpu - device, each_cpu * np.sqrt(count)) + prefill
 
 
-def useful(table: ExpertTable, demand: Demand, order_LE: np.ndarray) -> np.ndarray:
-    """Return how many of a layer's first n experts to have on the device, for each n [L, E + 1], ascending.
+def marginal_savings(table: ExpertTable, demand: Demand, ahead: Floats | float = 0.0) -> Floats:
+    """Return by how much an expert speeds its layer up if it comes to the device after all that save more [L, E].
 
-    It is the least m <= n of the lowest expected time: where the device is the slower side, more experts there only
-    make it slower.
+    It is the seconds for each decode step by which `layer_seconds` falls, so that where the device is the slower side
+    already, or soon would be, an expert saves little or nothing. Within a layer it never rises from one expert to the
+    next, and what is taken in this order saves at least as much as the sum says. ahead [L, E]: seconds that an expert
+    is put ahead of others in its layer's order.
     """
-    seconds = layer_seconds(table, demand, order_LE)
-    lowest = np.minimum.accumulate(seconds, axis=1)
-    lower = np.zeros(seconds.shape, dtype=np.int64)
-    # What differs by rounding is no gain; experts without tokens need no room.
-    lower[:, 1:] = np.where(lowest[:, 1:] < lowest[:, :-1] * (1 - 1e-12), np.arange(1, seconds.shape[1]), 0)
-    best: np.ndarray = np.maximum.accumulate(lower, axis=1)
-    return best
-
-
-def cold_price(table: ExpertTable, demand: Demand, resident_LE: Mask) -> Floats:
-    """Return by how much a layer slows down for each second more of the CPU's [L], from a little to 1.
-
-    Steps without cold experts take the device's time, which a first cold expert hardly exceeds; so what an expert costs
-    on the CPU depends on how often others are there too, taken as independent.
-    """
-    rows = np.full((table.shape[0], 1), demand.touch_rows)
-    each_cpu, each_device = table.cpu_seconds(rows)[:, 0], table.device_seconds(rows)[:, 0]
-    cold = (demand.touches * ~resident_LE).sum(axis=1)
-    hot = (demand.touches * resident_LE).sum(axis=1)
-    beyond = table.cpu_overhead + each_cpu - table.device_overhead - each_device * hot
-    first = np.clip(beyond / each_cpu, 0.02, 1.0)
-    alone = np.exp(-cold)
-    price: Floats = alone * first + (1 - alone)
-    return price
+    order = np.argsort(np.where(table.exists, -savings(table, demand) - ahead, np.inf), axis=1)
+    seconds = layer_seconds(table, demand, order)
+    gains = np.minimum.accumulate(seconds[:, :-1] - seconds[:, 1:], axis=1)
+    # What differs by rounding is no gain.
+    gains = np.where(gains > 1e-12 * seconds[:, :1], gains, 0.0)
+    # Equal gains must be taken in the layer's order too.
+    gains *= 1 - 1e-9 * np.arange(gains.shape[1])
+    result = np.empty_like(gains)
+    np.put_along_axis(result, order, gains, axis=1)
+    return np.where(table.exists, result, 0.0)
 
 
 def step_seconds(table: ExpertTable, demand: Demand, resident_LE: Mask) -> float:

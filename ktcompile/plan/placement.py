@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ktcompile.plan.demand import Demand, savings, useful
+from ktcompile.plan.demand import Demand, marginal_savings
 from ktcompile.plan.facts import ModelFacts
 from ktcompile.plan.hardware import Hardware
 from ktcompile.plan.plan import Plan
@@ -96,18 +96,11 @@ def _frequency(table: ExpertTable, budget: int, profile: RoutingProfile | None, 
 
 def most_saved(table: ExpertTable, demand: Demand, budget: float) -> Mask:
     """Return the experts that save most within a budget. A larger budget never makes the expected step slower."""
-    seconds = np.where(table.exists, savings(table, demand), -1.0)
-    within = np.argsort(-seconds, axis=1, kind="stable")
-    if not demand.touches.any() and not demand.prefill_rows.any():
-        return take(by_density(seconds, table), table, budget)
-    keep = useful(table, demand, within)
-    rank = np.argsort(within, axis=1)
-    candidates = by_density(seconds, table)
-    candidates = candidates[(rank < keep[:, -1:]).reshape(-1)[candidates]]
-    taken = take(candidates, table, budget)
-    # Of what fits, a layer has as many experts as make it fastest; for nested budgets these are nested too.
-    limit = np.take_along_axis(keep, taken.sum(axis=1)[:, None], axis=1)
-    return taken & (rank < limit)
+    seconds = marginal_savings(table, demand)
+    order = by_density(seconds, table)
+    if demand.touches.any() or demand.prefill_rows.any():
+        order = order[seconds.reshape(-1)[order] > 0]
+    return take(order, table, budget)
 
 
 def _counts(table: ExpertTable, budget: int, profile: RoutingProfile | None, seed: int) -> tuple[Mask, str]:
