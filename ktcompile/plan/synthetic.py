@@ -139,8 +139,8 @@ class _Parts:
 def inclusion(popularity_LE: Floats, top_k: int) -> Floats:
     """Return how likely each expert is among a token's top_k, which add up to top_k in each layer.
 
-    In a race at these rates an expert has arrived by some moment with probability 1 - exp(-rate * moment); the moment is
-    taken at which top_k have arrived on average.
+    In a race at these rates an expert has arrived by some moment with probability 1 - exp(-rate * moment). The moment
+    taken is when top_k have arrived on average.
     """
     rate = popularity_LE / popularity_LE.sum(axis=1, keepdims=True)
     low, high = np.zeros((len(rate), 1)), np.full((len(rate), 1), 1e9)
@@ -149,7 +149,8 @@ def inclusion(popularity_LE: Floats, top_k: int) -> Floats:
         more = (1 - np.exp(-rate * middle)).sum(axis=1, keepdims=True) < top_k
         low, high = np.where(more, middle, low), np.where(more, high, middle)
     likely: Floats = 1 - np.exp(-rate * high)
-    return likely * (top_k / likely.sum(axis=1, keepdims=True))
+    likely *= top_k / likely.sum(axis=1, keepdims=True)
+    return likely
 
 
 def _sizes(traffic: Traffic, rng: np.random.Generator) -> list[tuple[int, int]]:
