@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 
 from ktcompile import __version__
-from ktcompile.cli import bench, doctor, generate
+from ktcompile.cli import bench, doctor, generate, simulate
 
-_COMMANDS = (generate, doctor, bench)
+_COMMANDS = (generate, doctor, bench, simulate)
 # Other libraries' errors may list everything that they know.
 _LONGEST_ERROR = 800
 
