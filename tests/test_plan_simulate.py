@@ -93,13 +93,13 @@ def test_nothing_passes_the_clairvoyant_bound(machine):
 
 def test_adaptive_is_no_slower_than_the_better_of_both_under_drift(drifting):
     _, trace, where = drifting
-    fractions = [0.1, 0.3, 0.5, 0.7]
+    fractions = [0.1, 0.3, 0.5, 0.7, 0.9]
     found = by_name(simulate(trace, where, ["frequency", "kt-dynamic", "adaptive", "clairvoyant"], fractions))
     for fraction in fractions:
         adaptive = found["adaptive", fraction].tokens_per_second
         others = [found[name, fraction].tokens_per_second for name in ("frequency", "kt-dynamic")]
         assert adaptive >= max(others)
-        assert found["clairvoyant", fraction].tokens_per_second >= adaptive
+        assert adaptive <= found["clairvoyant", fraction].tokens_per_second <= 1.12 * adaptive
 
 
 def test_adaptive_keeps_to_a_profile_that_holds():

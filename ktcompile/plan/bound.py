@@ -13,6 +13,8 @@ from ktcompile.plan.interval import Interval
 from ktcompile.plan.table import Floats
 
 _PRICE_STEPS = 40
+# Steps of the ascent towards the best mixture of bounds.
+_ASCENT = (2.0, 2.0, 1.5, 1.5, 1.0, 1.0, 0.7, 0.7, 0.5, 0.5, 0.35, 0.35, 0.25, 0.25, 0.15, 0.15, 0.1, 0.1, 0.05, 0.05)
 
 
 def lower_bound(interval: Interval, budget_bytes: float) -> float:
@@ -86,47 +88,57 @@ def _one_step(interval: Interval) -> Floats:
 def _many_steps(interval: Interval, budget: float) -> Floats:
     """Return F [L, E + 1] of an interval of several steps: the largest of some functions, each linear in what is cold.
 
-    Every layer-step is bounded by a constant and a weight for each of its cold experts, in two ways: by the CPU's time,
-    or by a floor, which is about the time on the device, and what cold experts add to that at least.
+    Every layer-step has several linear bounds, and any mixture of them is one too. An ascent looks for the mixture that
+    is highest at the placement that is best by it.
+    """
+    table, supports = interval.table, _supports(interval)
+    constants = np.stack([constant for constant, _ in supports])
+    weights = np.stack([weight for _, weight in supports])
+    shares = np.full(constants.shape, 1 / len(supports))
+    best = _sum_of_steps(interval, _floors(interval)[1])
+    for step in _ASCENT:
+        mixed = interval.per_expert((shares[:, interval.slot] * weights).sum(axis=0))
+        best = np.maximum(best, _sum_of_steps(interval, (shares * constants).sum(axis=0)) + _cold_sums(mixed))
+        cold = ~_largest(mixed, table.bytes, budget)[interval.expert]
+        values = constants + np.stack([interval.per_slot(cold * weight) for weight in weights])
+        ahead = values - (shares * values).sum(axis=0)
+        shares = np.maximum(shares + step * ahead / (np.abs(ahead).max() + 1e-30), 0.0)
+        shares /= shares.sum(axis=0)
+    return best
+
+
+def _supports(interval: Interval) -> list[tuple[Floats, Floats]]:
+    """Return bounds of each layer-step, linear in its cold experts: a constant [S * L], and a weight for each entry.
+
+    They are the CPU's time, a floor and what cold experts add to that at least, and the device's time.
     """
     table = interval.table
+    used, link = interval.used > 0, interval.link[interval.slot]
     overhead = min(table.cpu_overhead, table.device_overhead)
-    link = interval.link[interval.slot]
+    all_hot, floor, fastest = _floors(interval)
     # Where streaming cannot be faster for any cold experts, the CPU's time is a bound; elsewhere the lesser of both is.
     gain = np.full(interval.num_slots, np.inf)
     np.minimum.at(gain, interval.slot, link - interval.cpu)
     never = gain >= table.cpu_overhead
-    weight = np.where(never[interval.slot], interval.cpu, np.minimum(interval.cpu, link))
-    constant = np.where(never, overhead, min(overhead, table.link_latency)) * (interval.used > 0)
-    _, floor, fastest = _floors(interval)
-    first = _sum_of_steps(interval, constant) + _cold_sums(interval.per_expert(weight))
-    best = np.maximum(first, _sum_of_steps(interval, floor))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slope = np.where(never & (fastest > 0), 1 - (floor - table.cpu_overhead) / fastest, 0.0)
+    cpu_weight = np.where(never[interval.slot], interval.cpu, np.minimum(interval.cpu, link))
+    cpu_constant = np.where(never, overhead, min(overhead, table.link_latency)) * used
     # A cold set takes overhead + its sum, of which a share (1 - slope) of the fastest already pays for the floor.
-    calm_weight = np.clip(slope, 0.0, 1.0)[interval.slot] * interval.cpu
-    for calm in _calm_shares(interval, weight, budget):
-        share = calm[interval.slot]
-        mixed = interval.per_expert(share * calm_weight + (1 - share) * weight)
-        mean = _sum_of_steps(interval, calm * floor + (1 - calm) * constant)
-        best = np.maximum(best, mean + _cold_sums(mixed))
-    return best
+    slope = np.where(never & used, 1 - (floor - table.cpu_overhead) / np.where(used, fastest, 1.0), 0.0)
+    floor_weight = np.clip(slope, 0.0, 1.0)[interval.slot] * interval.cpu
+    # With all cold the device does nothing, and the CPU must take as long as the device's overhead for this to hold.
+    slow = used & (table.cpu_overhead + interval.per_slot(interval.cpu) >= table.device_overhead)
+    device_constant = np.where(slow, all_hot, 0.0)
+    device_weight = np.where(slow[interval.slot], -interval.device, 0.0)
+    return [(cpu_constant, cpu_weight), (floor, floor_weight), (device_constant, device_weight)]
 
 
-def _calm_shares(interval: Interval, weight: Floats, budget: float) -> list[Floats]:
-    """Return ways to mix both bounds, each the share of the floor's in every layer-step [S * L].
-
-    Each mixture is a bound. It is near if a layer-step takes the floor's where the best placement has no cold expert,
-    and neither alone where it has one; the placement with the largest weights stands for the best one.
-    """
-    table = interval.table
-    size = np.repeat(table.bytes, table.shape[1])
-    sums = interval.per_expert(weight).reshape(-1)
-    order = np.argsort(-sums / size)
-    hot = np.zeros(len(order), dtype=np.bool_)
-    hot[order[np.cumsum(size[order]) <= budget]] = True
-    cold = interval.per_slot((~hot[interval.expert]).astype(np.float64))
-    return [np.where(cold == 0, 1.0, np.where(cold == 1, at_one, 0.0)) for at_one in (0.0, 0.3, 0.6, 0.9)]
+def _largest(values_LE: Floats, size: Floats, budget: float) -> np.ndarray:
+    """Return which experts have the most value for each byte within a budget [L * E]."""
+    sizes = np.repeat(size, values_LE.shape[1])
+    order = np.argsort(-values_LE.reshape(-1) / sizes)
+    largest = np.zeros(len(order), dtype=np.bool_)
+    largest[order[np.cumsum(sizes[order]) <= budget]] = True
+    return largest & (values_LE.reshape(-1) > 0)
 
 
 def _sum_of_steps(interval: Interval, per_slot: Floats) -> Floats:
