@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--interval", type=int, default=ReplanConfig().interval)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2001, 2002, 2003])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[3001, 3002, 3003])
     parser.add_argument("--quick", action="store_true", help="one seed, 8 requests")
     parser.add_argument("--table", action="store_true", help="KTransformers' table instead")
     args = parser.parse_args()

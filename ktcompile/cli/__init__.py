@@ -38,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ktc",
         description="Run Mixture-of-Experts models on ordinary machines.",
-        epilog="examples:\n  ktc doctor\n  ktc generate 'def fibonacci(n):'\n  ktc bench kernels --quick\n  ktc simulate --synthetic drift\n\n"
-        "'ktc COMMAND --help' describes a command.",
+        epilog="examples:\n  ktc doctor\n  ktc generate 'def fibonacci(n):'\n  ktc bench kernels --quick\n"
+        "  ktc simulate --synthetic drift\n\n'ktc COMMAND --help' describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ktcompile {__version__}")
