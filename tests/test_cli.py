@@ -65,7 +65,7 @@ def one_error_line(capsys):
     return err
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["generate"], ["plan"], ["bench", "kernels"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["generate"], ["plan"], ["bench", "kernels"], ["simulate"]])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--help"])

@@ -1,0 +1,116 @@
+"""Which experts to swap between CPU and device while a program runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ktcompile.plan.demand import Demand, marginal_savings
+from ktcompile.plan.residency import Moves
+from ktcompile.plan.table import ExpertTable, Floats, Mask
+
+
+@dataclass(frozen=True, slots=True)
+class ReplanConfig:
+    """interval: decode steps between two plans; one is also made after each prefill step.
+    horizon: decode steps over which a swap must earn what its copies cost.
+    margin: by how much it must earn more, which keeps experts of nearly equal use where they are.
+    link_share: of the link's time in an interval that copies may take."""
+
+    interval: int = 256
+    horizon: int = 256
+    margin: float = 0.25
+    link_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or self.horizon < 1:
+            raise ValueError("interval and horizon must be at least one step")
+        if self.margin < 0 or not 0 <= self.link_share <= 1:
+            raise ValueError("margin must not be negative, and link_share must be from 0 to 1")
+
+
+def replan(
+    table: ExpertTable,
+    demand: Demand,
+    resident_LE: Mask,
+    budget_bytes: int,
+    link_seconds: float,
+    config: ReplanConfig,
+    cpu_busy: float = 1.0,
+    passing_LE: Mask | None = None,
+) -> Moves:
+    """Return the moves that save most, each exchange paying for its copies within the horizon.
+
+    resident: which experts are on the device [L, E]. link_seconds: for which the link may copy each way, at once in
+    both directions. cpu_busy: share of the time in which the CPU reads weights; copies take memory bandwidth away from
+    it then, and cost nothing else. passing: experts whose weights are on the device at this moment, as a layer was
+    streamed, so that to keep them costs no copy; the copies of experts that make room run against the stream.
+    """
+    size = np.repeat(table.bytes, table.shape[1])
+    copies = (cpu_busy * (1 + config.margin) / table.cpu_bandwidth) * table.bytes[:, None]
+    free_LE = resident_LE if passing_LE is None else resident_LE | passing_LE
+    # Between experts of a layer that are used about as much, the one whose copy costs nothing comes first.
+    ahead = copies * (free_LE.astype(np.float64) + resident_LE) / config.horizon
+    seconds = marginal_savings(table, demand, ahead) * config.horizon
+    value, hot = seconds.reshape(-1), resident_LE.reshape(-1)
+    free = budget_bytes - float(size[hot].sum())
+    density = value / size
+    incoming, outgoing = np.flatnonzero(~hot & (value > 0)), np.flatnonzero(hot)
+    if free < table.bytes.min():
+        # Only what saves more than some expert that is there may come, and only what saves less than it may go.
+        incoming = incoming[density[incoming] > density[outgoing].min(initial=np.inf)]
+        outgoing = outgoing[density[outgoing] < density[incoming].max(initial=0.0)]
+    incoming = incoming[np.argsort(-density[incoming])]
+    outgoing = outgoing[np.argsort(density[outgoing])]
+    passes = np.zeros(len(incoming), bool) if passing_LE is None else passing_LE.reshape(-1)[incoming]
+    cost = np.repeat(copies, table.shape[1])
+    return _exchange(
+        _Side(incoming, value, size, np.where(passes, 0.0, cost[incoming])),
+        _Side(outgoing, value, size, cost[outgoing]),
+        free,
+        np.where(passes, 0.0, np.repeat(table.link, table.shape[1])[incoming]),
+        link_seconds,
+    )
+
+
+class _Side:
+    """Experts that may leave one side, in order, and the sums over the first n of them."""
+
+    def __init__(self, experts: np.ndarray, value: Floats, size: Floats, cost: Floats) -> None:
+        self.experts = experts
+        self.value, self.size, self.cost = (_sums(a) for a in (value[experts], size[experts], cost))
+
+
+def _exchange(into: _Side, out: _Side, free: float, link: Floats, link_seconds: float) -> Moves:
+    """Return the exchange of the first n incoming experts for as many outgoing ones as make room, for the best n."""
+    # Room for the first n incoming experts is made by the first leaving[n] outgoing ones.
+    leaving = np.searchsorted(out.size, into.size - free - 0.5)
+    possible = leaving < len(out.size)
+    leaving = np.minimum(leaving, len(out.experts))
+    link_time = _sums(link)
+    gain = into.value - out.value[leaving] - into.cost - out.cost[leaving]
+    gain[~possible | (link_time > link_seconds)] = -np.inf
+    best = int(np.argmax(gain))
+    if gain[best] <= 0:
+        best = 0
+    ordered, to_device = _in_order(into.experts[:best], out.experts[: leaving[best]], leaving[: best + 1])
+    return Moves(ordered, to_device, float(link_time[best]), float(max(gain[best], 0.0)))
+
+
+def _in_order(into: np.ndarray, out: np.ndarray, leaving: np.ndarray) -> tuple[np.ndarray, Mask]:
+    """Return experts so that those that make room for one go just before it."""
+    # An incoming expert n comes after leaving[n + 1] outgoing ones, and after n incoming ones.
+    position_in = leaving[1:] + np.arange(len(into))
+    ordered = np.empty(len(into) + len(out), dtype=np.int64)
+    to_device = np.zeros(len(ordered), dtype=np.bool_)
+    to_device[position_in] = True
+    ordered[to_device] = into
+    ordered[~to_device] = out
+    return ordered, to_device
+
+
+def _sums(values: Floats) -> Floats:
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return sums
