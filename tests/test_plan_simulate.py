@@ -167,3 +167,15 @@ def test_what_does_not_fit_is_refused():
         simulate(empty, setting(facts), ["uniform"], [0.5])
     found = simulate(trace, replace(setting(facts), profile=None), ["adaptive", "oracle"], [0, 0.01, 1])
     assert len(found) == 6
+
+
+def test_layers_with_cold_experts_wait_for_the_cpu_by_kt_rules():
+    facts = model(8, 8)
+    trace = random_trace(2, 8, 2, [20, 1, 1, 1], 0)
+    names, fractions = ["kt-front", "uniform"], [0.5, 1]
+    without, with_sync = (
+        by_name(simulate(trace, replace(setting(facts), kt_sync=s), names, fractions)) for s in (0.0, 1e-3)
+    )
+    # Half of all experts in front leave one of both layers, in three decode steps.
+    for key, layers in ((("kt-front", 0.5), 1), (("kt-front", 1), 0), (("uniform", 0.5), 0)):
+        assert with_sync[key].decode_seconds - without[key].decode_seconds == pytest.approx(layers * 3e-3)
