@@ -15,6 +15,7 @@ from ktcompile.quant import check_format
 WEIGHTS = ("copy", "take")
 INNER = ("inductor", "eager")
 DEVICES = ("none", "stand-in")
+PLACEMENTS = ("adaptive", "uniform", "front", "random", "frequency", "counts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class CompileOptions:
     device: "none", or "stand-in", a device without a GPU that imitates one with its own memory, for trials and tests.
     device_expert_fraction: of each layer's experts, how many the device holds. device_memory: its bytes; None: as
     many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
+    placement: which experts those are: "adaptive", by what routers choose while the model runs, or "uniform", "front",
+    "random", and, by a recorded profile, "frequency" and "counts". routing_profile: its file.
     disable_passes: names of passes to leave out.
     dump_graphs: directory for the graph before and after each pass; None: none are written.
     """
@@ -40,6 +43,8 @@ class CompileOptions:
     device_expert_fraction: float = 0.5
     device_memory: int | None = None
     keep_cpu_copy: bool = False
+    placement: str = "adaptive"
+    routing_profile: Path | None = None
     disable_passes: tuple[str, ...] = ()
     dump_graphs: Path | None = None
 
@@ -50,6 +55,9 @@ class CompileOptions:
         if self.isa is not None:
             check_isa(self.isa, machine().isas)
         _one_of("device", self.device, DEVICES)
+        _one_of("placement", self.placement, PLACEMENTS)
+        if self.placement in ("frequency", "counts") and self.routing_profile is None:
+            raise ValueError(f"placement is {self.placement!r}, which needs a routing_profile")
         if not 0 <= self.device_expert_fraction <= 1:
             raise ValueError(f"device_expert_fraction is {self.device_expert_fraction}; it must be from 0 to 1")
         if self.device_memory is not None and self.device_memory < 0:
@@ -66,8 +74,9 @@ class CompileOptions:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"option {name!r} of backend 'kt' is unknown{hint} Known: {', '.join(known)}")
         given.setdefault("dump_graphs", env.read().dump_graphs)
-        if isinstance(given["dump_graphs"], str):
-            given["dump_graphs"] = Path(given["dump_graphs"])
+        for name in ("dump_graphs", "routing_profile"):
+            if isinstance(given.get(name), str):
+                given[name] = Path(given[name])
         disabled = given.get("disable_passes", ())
         if isinstance(disabled, str):
             raise ValueError(f"disable_passes is {disabled!r}; it must be a list of names")

@@ -36,7 +36,8 @@ def pack_moe(
                 continue
             spec = replace(ExpertsSpec.decode(spec), weight_format=options.weight_format, isa=options.isa)
             positions = tuple(None if w is None else placeholders.index(w) for w in weights)
-            handle = _add_placeholder(gm, f"packed_experts_{packed}", PackedInput(positions, spec))
+            top_k = int(inputs[1].meta["example_value"].shape[1])
+            handle = _add_placeholder(gm, f"packed_experts_{packed}", PackedInput(positions, spec, top_k))
             with gm.graph.inserting_before(node):
                 moe = gm.graph.call_function(torch.ops.kt.moe.default, (*inputs, handle))
             moe.meta = dict(node.meta)

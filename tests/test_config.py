@@ -33,12 +33,15 @@ def test_every_option_can_be_given():
         "device_expert_fraction": 0.25,
         "device_memory": 1 << 20,
         "keep_cpu_copy": True,
+        "placement": "frequency",
+        "routing_profile": "profile.json",
         "disable_passes": ["fuse_moe"],
         "dump_graphs": "graphs",
     }
     assert set(options) == {f.name for f in dataclasses.fields(CompileOptions)}
     made = CompileOptions.from_mapping(options)
-    assert dataclasses.asdict(made) == options | {"disable_passes": ("fuse_moe",), "dump_graphs": Path("graphs")}
+    paths = {"dump_graphs": Path("graphs"), "routing_profile": Path("profile.json")}
+    assert dataclasses.asdict(made) == options | paths | {"disable_passes": ("fuse_moe",)}
 
 
 def test_options_are_frozen():

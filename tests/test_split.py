@@ -20,7 +20,7 @@ from ktcompile.quant import FORMATS
 from ktcompile.runtime.device import DeviceMemoryError
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitCall, SplitExperts
-from ktcompile.runtime.stand_in import StandInDevice
+from ktcompile.runtime.stand_in import StandInDevice, VirtualClock
 
 LINK = Link(bandwidth=1e9, latency=1e-3)
 BATCHES = (1, 7, 40)
@@ -28,7 +28,7 @@ BATCHES = (1, 7, 40)
 
 def split(experts: PackedExperts, room: int, **options: bool) -> tuple[SplitExperts, StandInDevice]:
     """Put a layer beside a device with room for so many experts."""
-    device = StandInDevice(room * experts.native.expert_nbytes, LINK)
+    device = StandInDevice(room * experts.native.expert_nbytes, LINK, VirtualClock())
     layer = SplitExperts(experts, device, **options)
     attach(experts, layer)
     return layer, device
@@ -121,10 +121,11 @@ def test_a_dissolved_layer_is_the_cpus_again():
 def test_a_budget_that_is_too_small_is_said_and_served(budget, caplog):
     layer = random_layer()
     plain, experts = layer.pack(), layer.pack()
-    device = StandInDevice(int(budget * experts.native.expert_nbytes), LINK)
+    device = StandInDevice(int(budget * experts.native.expert_nbytes), LINK, VirtualClock())
     with caplog.at_level(logging.WARNING, "ktcompile"):
-        Placer(device, 0.6).place(experts)
-    assert f"{int(budget)} of 3 experts fit" in caplog.text
+        Placer(device, 0.6).place([experts], [3])
+    assert "stay with the CPU" in caplog.text
+    assert device.used_bytes == int(budget) * experts.native.expert_nbytes
     assert_parts(moe(*random_inputs(9), experts), moe(*random_inputs(9), plain))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,11 +20,12 @@ from ktcompile.graph import report
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.split import layer_of
+from ktcompile.runtime.adaptive import AdaptivePlacement
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitExperts
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_next", "glm4_moe")
-STAND_IN = {"inner": "eager", "device": "stand-in"}
+STAND_IN = {"inner": "eager", "device": "stand-in", "placement": "uniform"}
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +53,9 @@ def packed(monkeypatch) -> list[PackedExperts]:
     seen: list[PackedExperts] = []
     do_place = Placer.place
 
-    def noted(self: Placer, experts: PackedExperts) -> None:
-        seen.append(experts)
-        do_place(self, experts)
+    def noted(self: Placer, layers: list[PackedExperts], top_k: list[int]) -> None:
+        seen.extend(layers)
+        do_place(self, layers, top_k)
 
     monkeypatch.setattr(Placer, "place", noted)
     return seen
@@ -178,6 +180,30 @@ def test_what_is_submitted_early_is_waited_for_late():
     assert overlap(gm, (), CompileReport("eager")) == 0
 
 
+def test_experts_follow_the_routers_while_a_model_runs(packed, monkeypatch):
+    model, kwargs = build(case_of("qwen3_moe"))
+    wanted = logits(model, kwargs)
+    monkeypatch.setattr(AdaptivePlacement, "step", counted := Counted(AdaptivePlacement.step))
+    both = torch.compile(model, backend="kt", fullgraph=True, options={**STAND_IN, "placement": "adaptive"})
+    for _ in range(4):
+        assert relative_error(logits(both, kwargs), wanted) < 1e-5
+    assert counted.calls == 4 and len(ktcompile.compile_reports()) == 1
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, method: Callable[[Any], None]) -> None:
+        self._method, self.calls = method, 0
+
+    def __get__(self, instance: Any, owner: type) -> Callable[[], None]:
+        def call() -> None:
+            self.calls += 1
+            self._method(instance)
+
+        return call
+
+
 def test_split_graphs_only_where_there_is_a_device():
     names = [p.name for p in passes_for(CompileOptions())]
     assert names == ["fuse_moe", "pack_moe"]
@@ -191,6 +217,8 @@ def test_split_graphs_only_where_there_is_a_device():
         ({"device": "tpu"}, "device is 'tpu'; it must be one of none, stand-in"),
         ({"device_expert_fraction": 1.5}, "device_expert_fraction is 1.5"),
         ({"device_memory": -1}, "device_memory is -1"),
+        ({"placement": "best"}, "placement is 'best'; it must be one of adaptive"),
+        ({"placement": "frequency"}, "needs a routing_profile"),
     ],
 )
 def test_bad_options_are_refused(options, why):

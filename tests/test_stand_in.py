@@ -17,7 +17,7 @@ SLOW = Link(bandwidth=1e6, latency=0.5)
 def test_a_budget_is_kept_and_given_back():
     experts = random_layer().pack()
     size = experts.native.expert_nbytes
-    device = StandInDevice(2 * size, SLOW)
+    device = StandInDevice(2 * size, SLOW, VirtualClock())
     held = device.experts(experts)
     assert device.used_bytes == 0
     held.copy_in(0, experts)
@@ -34,7 +34,7 @@ def test_a_budget_is_kept_and_given_back():
 
 def test_what_a_copy_has_not_brought_is_no_number():
     experts = random_layer().pack()
-    device = StandInDevice(1 << 30, SLOW)
+    device = StandInDevice(1 << 30, SLOW, VirtualClock())
     held = device.experts(experts)
     x, ids, weights = random_inputs(3, top_k=1)
     fourth = torch.full_like(ids, 4)
@@ -51,7 +51,7 @@ def test_what_a_copy_has_not_brought_is_no_number():
 
 def test_copies_end_in_their_order_and_after_their_time():
     experts = random_layer().pack()
-    device = StandInDevice(1 << 30, SLOW)
+    device = StandInDevice(1 << 30, SLOW, VirtualClock())
     held = device.experts(experts)
     events = [held.copy_in(0, experts), held.copy_in(1, experts)]
     one = SLOW.seconds(experts.native.expert_nbytes)
@@ -63,7 +63,7 @@ def test_copies_end_in_their_order_and_after_their_time():
 
 def test_copies_fail_when_told_to():
     experts = random_layer().pack()
-    device = StandInDevice(1 << 30, SLOW)
+    device = StandInDevice(1 << 30, SLOW, VirtualClock())
     held = device.experts(experts)
     with device.failing(iter(("", "the bus is gone"))):
         good, bad = held.copy_in(0, experts), held.copy_in(1, experts)
@@ -74,6 +74,6 @@ def test_copies_fail_when_told_to():
 
 def test_bad_numbers_are_refused():
     with pytest.raises(ValueError, match="memory is -1 bytes"):
-        StandInDevice(-1, SLOW)
+        StandInDevice(-1, SLOW, VirtualClock())
     with pytest.raises(ValueError, match="advance by -2"):
         VirtualClock().advance(-2)

@@ -11,6 +11,7 @@ from ktcompile.config import CompileOptions
 from ktcompile.graph import report
 from ktcompile.graph.pipeline import run_passes
 from ktcompile.passes import passes_for
+from ktcompile.plan.profile import RoutingProfile
 from ktcompile.runtime.devices import Placer, device_for
 from ktcompile.runtime.executable import InnerCompiler, build
 
@@ -39,7 +40,14 @@ def _placer(settings: CompileOptions) -> Placer | None:
     if settings.device == "none":
         return None
     device = device_for(settings.device, settings.device_memory)
-    return Placer(device, settings.device_expert_fraction, keep_cpu_copy=settings.keep_cpu_copy)
+    profile = RoutingProfile.load(settings.routing_profile) if settings.routing_profile else None
+    return Placer(
+        device,
+        settings.device_expert_fraction,
+        settings.placement,
+        profile,
+        keep_cpu_copy=settings.keep_cpu_copy,
+    )
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

@@ -11,7 +11,9 @@ PACKED = "kt_packed"  # key in a placeholder's meta
 
 @dataclass(frozen=True, slots=True)
 class PackedInput:
-    """positions: of gate_up_proj, down_proj, gate_up_bias, down_bias among the graph's original inputs."""
+    """positions: of gate_up_proj, down_proj, gate_up_bias, down_bias among the graph's original inputs. top_k: experts
+    of each token."""
 
     positions: tuple[int | None, ...]
     spec: ExpertsSpec
+    top_k: int

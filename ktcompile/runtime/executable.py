@@ -34,13 +34,17 @@ class Executable:
         self._packed = tuple(packed)
         self._store = store
         self._placer = placer
+        self._top_k = [p.top_k for p in packed]
 
     def __call__(self, *args: Any) -> Any:
         layers = [self._store.get(_weights(args, p), p.spec) for p in self._packed]
-        if self._placer is not None:
-            for experts in layers:  # others than those it was built with have the same shapes
-                self._placer.ensure(experts)
-        return self._inner(*[args[i] for i in self._kept], *(experts.handle for experts in layers))
+        given = [*(args[i] for i in self._kept), *(experts.handle for experts in layers)]
+        if self._placer is None:
+            return self._inner(*given)
+        self._placer.ensure(layers, self._top_k)  # others than those it was built with have the same shapes
+        result = self._inner(*given)
+        self._placer.step(layers)
+        return result
 
 
 def build(
@@ -59,13 +63,12 @@ def build(
     if not packed:
         return compile_inner(gm, list(example_inputs))
     store, owners = expert_store(), ParameterOwners()
-    handles = []
+    layers = []
     for p in packed:
         weights = _weights(example_inputs, p)
-        experts = _take(store, owners, weights, p) if take else store.get(weights, p.spec)
-        if placer is not None:
-            placer.place(experts)
-        handles.append(experts.handle)
+        layers.append(_take(store, owners, weights, p) if take else store.get(weights, p.spec))
+    if placer is not None:
+        placer.place(layers, [p.top_k for p in packed])
     replaced = {i for p in packed for i in p.positions if i is not None}
     kept = []
     for i, node in enumerate(placeholders[: len(example_inputs)]):
@@ -74,7 +77,7 @@ def build(
         else:
             kept.append(i)
     gm.recompile()
-    inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *handles])
+    inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *(experts.handle for experts in layers)])
     return Executable(inner, kept, packed, store, placer)
 
 

@@ -13,13 +13,35 @@ import concurrent.futures
 import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.moe import check, run
 from ktcompile.runtime.device import CopyError, Device, Event
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a layer was asked for. rows: tokens of each expert [E]. touched: calls in which it had any [E]."""
+
+    rows: NDArray[np.int64]
+    touched: NDArray[np.int64]
+    tokens: int
+
+    @classmethod
+    def none(cls, experts: int) -> Counts:
+        return cls(np.zeros(experts, dtype=np.int64), np.zeros(experts, dtype=np.int64), 0)
+
+    def add(self, rows: NDArray[np.int64], tokens: int) -> None:
+        """Count one call."""
+        self.rows += rows
+        self.touched += rows > 0
+        self.tokens += tokens
 
 
 class _NoCopy:
@@ -49,7 +71,7 @@ class SplitExperts:
         # One more entry each: ids of num_experts and more are those of other machines, and skipped on both sides.
         self._cpu_id = torch.arange(experts.num_experts + 1)
         self._device_id = torch.full((experts.num_experts + 1,), experts.num_experts)
-        self.counts = torch.zeros(experts.num_experts, dtype=torch.int64)
+        self._counts = Counts.none(experts.num_experts)
         self.bytes_moved = 0
         experts.fetch = self._fetch
 
@@ -131,10 +153,15 @@ class SplitExperts:
             raise ValueError(f"topk_ids has {int(ids_TK.min())}; ids are 0 or more")
         self.poll()
         known_TK = ids_TK.long().clamp_max(self.experts.num_experts)
-        self.counts += torch.bincount(known_TK.flatten(), minlength=self.experts.num_experts + 1)[:-1]
+        self._counts.add(np.bincount(known_TK.flatten(), minlength=self.experts.num_experts + 1)[:-1], len(ids_TK))
         call = SplitCall(self, self._device_id[known_TK])
         call.begin(x_TH, self._cpu_id[known_TK], weights_TK)
         return call
+
+    def take_counts(self) -> Counts:
+        """Return what was asked for since the last time."""
+        taken, self._counts = self._counts, Counts.none(self.experts.num_experts)
+        return taken
 
     def count_under_way(self, change: int) -> None:
         self._under_way += change

@@ -1,13 +1,15 @@
-"""A device that is none: its own pool of memory under a budget, and copies that take their time on a virtual clock.
+"""A device that is none: its own pool of memory under a budget, and copies that take their time.
 
 Everything that a GPU's memory and streams may do to the runtime happens here, with real numbers and at no speed: what a
-copy has not yet brought is no number, a copy may be late, and it may fail.
+copy has not yet brought is no number, a copy may be late, and it may fail. In tests time is virtual.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -18,6 +20,15 @@ from ktcompile.plan.hardware import Link
 from ktcompile.runtime.device import CopyError, DeviceMemoryError
 
 _NO_NUMBER = 0xFF  # NaN in floats and in scales
+
+
+class Clock(Protocol):
+    """What time it is, and how to wait."""
+
+    @property
+    def now(self) -> float: ...
+
+    def wait_until(self, at: float) -> None: ...
 
 
 class VirtualClock:
@@ -31,6 +42,23 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"a clock cannot advance by {seconds} seconds")
         self.now += seconds
+
+    def wait_until(self, at: float) -> None:
+        """Let time pass up to a moment, unless that has been."""
+        self.now = max(self.now, at)
+
+
+class WallClock:
+    """The time of this machine."""
+
+    @property
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def wait_until(self, at: float) -> None:
+        """Sleep up to a moment, unless that has been."""
+        while (left := at - self.now) > 0:
+            time.sleep(left)
 
 
 class Stream:
@@ -51,7 +79,7 @@ class Stream:
 class SimulatedEvent:
     """The end of a copy, at a time that is known when it begins."""
 
-    def __init__(self, clock: VirtualClock, at: float, action: Callable[[], None], failure: str | None) -> None:
+    def __init__(self, clock: Clock, at: float, action: Callable[[], None], failure: str | None) -> None:
         self._clock, self._at, self._failure = clock, at, failure
         self._action: Callable[[], None] | None = action
 
@@ -67,24 +95,24 @@ class SimulatedEvent:
         return True
 
     def wait(self) -> None:
-        """Let the clock run to the end of the copy. CopyError: it failed."""
-        self._clock.now = max(self._clock.now, self._at)
+        """Let time pass to the end of the copy. CopyError: it failed."""
+        self._clock.wait_until(self._at)
         self.done()
 
 
 class StandInDevice:
     """A device in the CPU's memory.
 
-    memory_bytes: its budget. link: how fast copies are, by the virtual clock. delay: seconds that every copy takes
-    longer, for tests.
+    memory_bytes: its budget. link: how fast copies are, by its clock. delay: seconds that every copy takes longer, for
+    tests.
     """
 
     name = "stand-in"
 
-    def __init__(self, memory_bytes: int, link: Link) -> None:
+    def __init__(self, memory_bytes: int, link: Link, clock: Clock) -> None:
         if memory_bytes < 0:
             raise ValueError(f"the device's memory is {memory_bytes} bytes; it must be 0 or more")
-        self.memory_bytes, self.link, self.clock, self.delay = memory_bytes, link, VirtualClock(), 0.0
+        self.memory_bytes, self.link, self.clock, self.delay = memory_bytes, link, clock, 0.0
         self.used_bytes = 0
         self._stream = Stream(self)
         self._failures: Iterator[str] = iter(())
