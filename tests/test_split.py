@@ -161,6 +161,21 @@ def test_a_device_that_fails_does_not_hold_up_what_follows(monkeypatch):
     assert_parts(moe(x, ids, weights, experts), moe(x, ids, weights, plain))
 
 
+def test_a_call_that_never_ended_is_over_with_the_next_one():
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, _ = split(experts, 2)
+    resident(both, 2)
+    x, ids, weights = random_inputs(9)
+    torch.ops.kt.moe_submit(x, ids, weights, experts.handle)
+    ticket = torch.ops.kt.moe_submit(x, ids, weights, experts.handle)
+    part = torch.ops.kt.moe_resident(x, weights, ticket)
+    assert_parts(torch.ops.kt.moe_wait(x, part, ticket), moe(x, ids, weights, plain))
+    both.demote(EXPERTS - 1)
+    both.settle()
+    assert len(both.resident) == 1
+
+
 @pytest.mark.parametrize("outward", [False, True])
 def test_a_copy_that_fails_leaves_its_expert_where_it_was(outward, caplog):
     layer = random_layer()

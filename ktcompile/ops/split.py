@@ -11,6 +11,7 @@ Shape suffixes: T tokens, K top_k, H hidden_size.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from typing import Protocol
 
@@ -52,6 +53,7 @@ class SplitLayer(Protocol):
 _layers: weakref.WeakKeyDictionary[PackedExperts, SplitLayer] = weakref.WeakKeyDictionary()
 _under_way: dict[int, Submitted] = {}
 _tickets = itertools.count(1)
+_latest = threading.local()  # tickets: of this thread, by layer
 
 
 def attach(experts: PackedExperts, layer: SplitLayer) -> None:
@@ -70,7 +72,12 @@ def _submit(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, 
     layer = layer_of(experts)
     if layer is None:
         raise ValueError(f"{experts} has no device's part; attach a split layer first")
-    number = next(_tickets)
+    tickets: dict[int, int] = _latest.__dict__.setdefault("tickets", {})
+    # A thread that submits a layer again has left the call before: what ran between failed.
+    left = _under_way.pop(tickets.get(experts.number, 0), None)
+    if left is not None:
+        left.abandon()
+    number = tickets[experts.number] = next(_tickets)
     _under_way[number] = layer.submit(x_TH, ids_TK, weights_TK)
     return torch.tensor([number], dtype=torch.int64)
 
