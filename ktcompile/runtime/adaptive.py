@@ -111,23 +111,21 @@ class AdaptivePlacement:
         )
 
     def _begin_moves(self) -> None:
-        """Begin moves in their order, as far as the device has room: some wait until others have left."""
-        while self._moves:
-            index, expert, to_device = self._moves[0]
+        """Begin all moves for which there is room; the others wait until experts have left."""
+        waiting: deque[tuple[int, int, bool]] = deque()
+        for index, expert, to_device in self._moves:
             layer = self.layers[index]
             try:
                 if to_device and self._held() + self._table.bytes[index] > self._budget:
                     raise DeviceMemoryError("others have to leave first")
                 layer.promote(expert) if to_device else layer.demote(expert)
             except DeviceMemoryError:
-                if not any(layer.moving for layer in self.layers):
-                    logger.warning(
-                        "no room for expert %d of layer %d on the device; it stays where it is", expert, index
-                    )
-                    self._moves.popleft()
-                return
+                waiting.append((index, expert, to_device))
             except ValueError as error:  # it was moved otherwise meanwhile
                 logger.warning("layer %d: %s", index, error)
             else:
                 self.swaps += to_device
-            self._moves.popleft()
+        if waiting and not any(layer.moving for layer in self.layers):
+            logger.warning("the device has no room for %d experts that should move there", len(waiting))
+            waiting.clear()
+        self._moves = waiting
