@@ -113,10 +113,11 @@ class AdaptivePlacement:
     def _begin_moves(self) -> None:
         """Begin all moves for which there is room; the others wait until experts have left."""
         waiting: deque[tuple[int, int, bool]] = deque()
+        held = self._held()
         for index, expert, to_device in self._moves:
             layer = self.layers[index]
             try:
-                if to_device and self._held() + self._table.bytes[index] > self._budget:
+                if to_device and held + self._table.bytes[index] > self._budget:
                     raise DeviceMemoryError("others have to leave first")
                 layer.promote(expert) if to_device else layer.demote(expert)
             except DeviceMemoryError:
@@ -125,6 +126,7 @@ class AdaptivePlacement:
                 logger.warning("layer %d: %s", index, error)
             else:
                 self.swaps += to_device
+                held += self._table.bytes[index] if to_device else 0.0
         if waiting and not any(layer.moving for layer in self.layers):
             logger.warning("the device has no room for %d experts that should move there", len(waiting))
             waiting.clear()
