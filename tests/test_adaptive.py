@@ -8,7 +8,6 @@ from helpers.layers import EXPERTS, random_inputs, random_layer
 
 from ktcompile.config import PLACEMENTS
 from ktcompile.ops import PackedExperts, moe
-from ktcompile.ops.split import layer_of
 from ktcompile.plan.hardware import Hardware, Link, Processor
 from ktcompile.plan.placement import STRATEGIES
 from ktcompile.plan.replan import ReplanConfig
@@ -51,7 +50,7 @@ class Model:
 
 
 def split_of(experts: PackedExperts) -> SplitExperts:
-    layer = layer_of(experts)
+    layer = experts.split
     assert isinstance(layer, SplitExperts)
     return layer
 

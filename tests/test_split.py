@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -14,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ktcompile.ops import PackedExperts, moe
-from ktcompile.ops.split import attach
 from ktcompile.plan.hardware import Link
 from ktcompile.quant import FORMATS
 from ktcompile.runtime.device import DeviceMemoryError
@@ -30,7 +31,7 @@ def split(experts: PackedExperts, room: int, **options: bool) -> tuple[SplitExpe
     """Put a layer beside a device with room for so many experts."""
     device = StandInDevice(room * experts.native.expert_nbytes, LINK, VirtualClock())
     layer = SplitExperts(experts, device, **options)
-    attach(experts, layer)
+    experts.split = layer
     return layer, device
 
 
@@ -115,6 +116,16 @@ def test_a_dissolved_layer_is_the_cpus_again():
     assert device.used_bytes == 0
     inputs = random_inputs(9)
     assert_exact(moe(*inputs, experts), moe(*inputs, plain))
+
+
+def test_a_layer_that_is_gone_leaves_nothing_on_the_device():
+    experts = random_layer().pack()
+    both, device = split(experts, 3)
+    resident(both, 3)
+    gone = weakref.ref(experts)
+    del both, experts
+    gc.collect()
+    assert gone() is None and device.used_bytes == 0
 
 
 @pytest.mark.parametrize("budget", [0, 0.5, 2.5])

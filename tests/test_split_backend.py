@@ -19,7 +19,6 @@ from ktcompile.config import CompileOptions
 from ktcompile.graph import report
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.split import layer_of
 from ktcompile.runtime.adaptive import AdaptivePlacement
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitExperts
@@ -42,7 +41,7 @@ def case_of(family: str) -> MoeCase:
 
 
 def split_layers(graph_inputs: list[PackedExperts]) -> list[SplitExperts]:
-    layers = [layer_of(experts) for experts in graph_inputs]
+    layers = [experts.split for experts in graph_inputs]
     assert all(isinstance(layer, SplitExperts) for layer in layers)
     return layers  # type: ignore[return-value]
 

@@ -1,5 +1,6 @@
 """The operators of ktcompile, in the torch.library namespace "kt"."""
 
+import ktcompile.ops.split  # noqa: F401  (its operators)
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe

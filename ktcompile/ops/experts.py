@@ -10,6 +10,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from ktcompile.ops.threads import get_num_threads
 from ktcompile.ops.weights import Weight, format_of, native_format, quantized_address
 from ktcompile.quant import QuantizedWeight, WeightFormat, native_dtype
 
+if TYPE_CHECKING:
+    from ktcompile.ops.split import SplitLayer
+
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
 
@@ -31,8 +35,8 @@ class PackedExperts:
     num_experts, hidden_size, intermediate_size: of the layer. format: how weights are stored. isa: whose
     kernels run. nbytes: memory that it holds. handle: int64 [1], what stands for it in graphs of `kt::moe`.
     number: of this layer, in the order of packing. name: of the module, for messages; "" is looked up when one is
-    needed. first_call: what checks the first call, None once it has. fetch: what brings an expert back whose memory
-    was released, None while all are here.
+    needed. first_call: what checks the first call, None once it has. split: where those of its experts are that a
+    device has, None while all are the CPU's.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class PackedExperts:
         quantized = (w for w in (gate_up_proj, down_proj) if isinstance(w, QuantizedWeight))
         self._native_format = native_format(self.format, *quantized)
         self.native = self._allocate()
-        self.fetch: Callable[[int], None] | None = None
+        self.split: SplitLayer | None = None
         self.handle = torch.tensor([self.number], dtype=torch.int64)
         checks = env.read().self_check
         self._pack(gate_up_proj, down_proj, PackingCheck(self, gate_up_proj, down_proj) if checks else None)
@@ -68,7 +72,7 @@ class PackedExperts:
     def empty(self) -> PackedExperts:
         """Return experts of the same number, shape and format that hold nothing yet, for which no handle stands."""
         other = copy.copy(self)
-        other.native, other.first_call, other.fetch = self._allocate(), None, None
+        other.native, other.first_call, other.split = self._allocate(), None, None
         return other
 
     def unpack_into(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
@@ -91,9 +95,9 @@ class PackedExperts:
         return gate_up, down
 
     def _bring_back(self, *experts: int) -> None:
-        if self.fetch is not None:
+        if self.split is not None:
             for expert in experts:
-                self.fetch(expert)
+                self.split.fetch(expert)
 
     def _allocate(self) -> _native.Experts:
         activation = self.spec.activation

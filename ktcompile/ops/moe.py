@@ -13,7 +13,6 @@ import torch
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.spec import ExpertsSpec
-from ktcompile.ops.split import layer_of
 from ktcompile.ops.store import expert_store
 from ktcompile.ops.threads import native_threads
 from ktcompile.quant import native_dtype
@@ -114,10 +113,9 @@ def _experts_cpu(
 
 def _anywhere(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """Run experts that may lie on two sides."""
-    layer = layer_of(experts)
-    if layer is None:
+    if experts.split is None:
         return run(x, ids, weights, experts)
-    call = layer.submit(x, ids, weights)
+    call = experts.split.submit(x, ids, weights)
     return call.finish(call.resident(x, weights))
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from typing import Protocol
 
 import torch
 
-from ktcompile.ops.experts import PackedExperts, from_handle
+from ktcompile.ops.experts import from_handle
 from ktcompile.ops.library import LIBRARY, register_without_backward
 
 for _schema in (
@@ -49,29 +48,22 @@ class SplitLayer(Protocol):
 
     def submit(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Submitted: ...
 
+    def fetch(self, expert: int) -> None:
+        """Let the CPU have an expert's weights."""
+        ...
 
-_layers: weakref.WeakKeyDictionary[PackedExperts, SplitLayer] = weakref.WeakKeyDictionary()
+
 _under_way: dict[int, Submitted] = {}
 _tickets = itertools.count(1)
 _latest = threading.local()  # tickets: of this thread, by layer
 
 
-def attach(experts: PackedExperts, layer: SplitLayer) -> None:
-    """Let `kt::moe_submit` find the split layer of packed experts."""
-    _layers[experts] = layer
-
-
-def layer_of(experts: PackedExperts) -> SplitLayer | None:
-    """Return the split layer of packed experts, None if they are all the CPU's."""
-    return _layers.get(experts)
-
-
 @torch.library.impl(LIBRARY, "moe_submit", "CPU")
 def _submit(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     experts = from_handle(handle)
-    layer = layer_of(experts)
+    layer = experts.split
     if layer is None:
-        raise ValueError(f"{experts} has no device's part; attach a split layer first")
+        raise ValueError(f"{experts} are all the CPU's; they have no device's part")
     tickets: dict[int, int] = _latest.__dict__.setdefault("tickets", {})
     # A thread that submits a layer again has left the call before: what ran between failed.
     left = _under_way.pop(tickets.get(experts.number, 0), None)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Sequence
 
 from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.split import attach, layer_of
 from ktcompile.plan.facts import ModelFacts, MoeLayerFacts
 from ktcompile.plan.hardware import Hardware, preset
 from ktcompile.plan.placement import budget_of, place
@@ -54,19 +52,17 @@ class Placer:
     ) -> None:
         self._device, self._fraction, self._strategy, self._profile = device, fraction, strategy, profile
         self._keep_cpu_copy, self._config, self._hardware = keep_cpu_copy, config, hardware
-        self._adaptive: weakref.WeakKeyDictionary[PackedExperts, AdaptivePlacement] = weakref.WeakKeyDictionary()
 
     def ensure(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
         """Split the layers of a model, unless they are split, in whatever way."""
-        if any(layer_of(experts) is None for experts in layers):
+        if any(experts.split is None for experts in layers):
             self.place(layers, top_k)
 
     def place(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
         """Split the layers of a model, anew if they are split. Where the budget ends, experts stay with the CPU."""
         for experts in layers:
-            before = layer_of(experts)
-            if isinstance(before, SplitExperts):
-                before.dissolve()
+            if isinstance(experts.split, SplitExperts):
+                experts.split.dissolve()
         facts = _facts(layers, top_k)
         wanted = budget_of(facts, self._fraction)
         budget = min(wanted, self._device.memory_bytes - self._device.used_bytes)
@@ -80,20 +76,18 @@ class Placer:
         plan = place(self._strategy, facts, self._hardware, budget, self._profile)
         split = [SplitExperts(experts, self._device, keep_cpu_copy=self._keep_cpu_copy) for experts in layers]
         for experts, layer, resident in zip(layers, split, plan.resident, strict=True):
-            attach(experts, layer)
+            experts.split = layer
             for expert in resident:
                 layer.promote(expert)
             layer.settle()
         if self._strategy == "adaptive":
-            self._adaptive[layers[0]] = AdaptivePlacement(
-                split, facts, self._hardware, budget, self._config, self._profile
-            )
+            split[0].adaptive = AdaptivePlacement(split, facts, self._hardware, budget, self._config, self._profile)
 
     def step(self, layers: Sequence[PackedExperts]) -> None:
         """Take note of a call of all layers, after which experts may move."""
-        placement = self._adaptive.get(layers[0])
-        if placement is not None and placement.layers[0] is layer_of(layers[0]):
-            placement.step()
+        first = layers[0].split
+        if isinstance(first, SplitExperts) and first.adaptive is not None:
+            first.adaptive.step()
 
 
 def _facts(layers: Sequence[PackedExperts], top_k: Sequence[int]) -> ModelFacts:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.moe import check, run
 from ktcompile.runtime.device import CopyError, Device, Event
+
+if TYPE_CHECKING:
+    from ktcompile.runtime.adaptive import AdaptivePlacement
 
 
 @dataclass(slots=True)
@@ -72,8 +76,8 @@ class SplitExperts:
         self._cpu_id = torch.arange(experts.num_experts + 1)
         self._device_id = torch.full((experts.num_experts + 1,), experts.num_experts)
         self._counts = Counts.none(experts.num_experts)
+        self.adaptive: AdaptivePlacement | None = None  # of the first layer of a model whose experts follow its routers
         self.bytes_moved = 0
-        experts.fetch = self._fetch
 
     @property
     def resident(self) -> frozenset[int]:
@@ -112,9 +116,9 @@ class SplitExperts:
         """Bring all experts back to the CPU and give the device's memory back. Nothing may be under way."""
         self.settle()
         for expert in self.resident:
-            self._fetch(expert)
+            self.fetch(expert)
             self._leave(expert)
-        self.experts.fetch = None
+        self.experts.split = None
 
     def settle(self) -> None:
         """Wait for all copies, and switch. Nothing may be under way."""
@@ -154,9 +158,7 @@ class SplitExperts:
         self.poll()
         known_TK = ids_TK.long().clamp_max(self.experts.num_experts)
         self._counts.add(np.bincount(known_TK.flatten(), minlength=self.experts.num_experts + 1)[:-1], len(ids_TK))
-        call = SplitCall(self, self._device_id[known_TK])
-        call.begin(x_TH, self._cpu_id[known_TK], weights_TK)
-        return call
+        return SplitCall(self, x_TH, self._cpu_id[known_TK], self._device_id[known_TK], weights_TK)
 
     def take_counts(self) -> Counts:
         """Return what was asked for since the last time."""
@@ -187,7 +189,7 @@ class SplitExperts:
             logger.warning("%s: expert %d %s: %s", self.experts.name or "a layer", expert, consequence, error)
             return None
 
-    def _fetch(self, expert: int) -> None:
+    def fetch(self, expert: int) -> None:
         """Bring an expert's weights to the CPU, where they stay beside those of the device."""
         if expert in self._released:
             self._memory.copy_out(expert, self.experts).wait()
@@ -203,19 +205,26 @@ class SplitExperts:
 
 
 class SplitCall:
-    """One call of a split layer, which sees where the experts were when it began."""
+    """One call of a split layer, which sees where the experts were when it began.
 
-    def __init__(self, layer: SplitExperts, ids_TK: torch.Tensor) -> None:
-        self._layer, self._ids_TK = layer, ids_TK
-        self._any_resident = bool((ids_TK < layer.experts.num_experts).any())
+    The CPU's part begins with it: `weights_TK` may be overwritten from then on, `x_TH` once `finish` has returned.
+    """
+
+    def __init__(
+        self,
+        layer: SplitExperts,
+        x_TH: torch.Tensor,
+        cpu_ids_TK: torch.Tensor,
+        device_ids_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+    ) -> None:
+        self._layer, self._ids_TK = layer, device_ids_TK
+        layer.count_under_way(1)
+        experts = layer.experts
+        self._any_resident = bool((device_ids_TK < experts.num_experts).any())
         self._cpu: Future[torch.Tensor] | None = None
-
-    def begin(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
-        """Begin the CPU's part. `weights_TK` may be overwritten from then on, `x_TH` once `finish` has returned."""
-        self._layer.count_under_way(1)
-        experts = self._layer.experts
-        if not self._any_resident or bool((ids_TK < experts.num_experts).any()):
-            self._cpu = _submitter().submit(run, x_TH, ids_TK, weights_TK.clone(), experts)
+        if not self._any_resident or bool((cpu_ids_TK < experts.num_experts).any()):
+            self._cpu = _submitter().submit(run, x_TH, cpu_ids_TK, weights_TK.clone(), experts)
 
     def resident(self, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Return the device's part."""

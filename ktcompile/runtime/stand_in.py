@@ -7,6 +7,7 @@ copy has not yet brought is no number, a copy may be late, and it may fail. In t
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -152,12 +153,15 @@ class StandInExperts:
     def __init__(self, device: StandInDevice, stream: Stream, like: PackedExperts) -> None:
         self._device, self._stream, self._size = device, stream, like.native.expert_nbytes
         self._experts = like.empty()
+        self._held: set[int] = set()
+        weakref.finalize(self, _give_back_all, device, self._held, self._size)
         for expert in range(like.num_experts):
             self._experts.native.fill(expert, _NO_NUMBER)
 
     def copy_in(self, expert: int, source: PackedExperts) -> SimulatedEvent:
         """Take memory for an expert and begin to copy it. DeviceMemoryError: the budget has no room."""
         self._device.take(self._size)
+        self._held.add(expert)
         return self._copy(self._experts.native, source.native, expert)
 
     def copy_out(self, expert: int, target: PackedExperts) -> SimulatedEvent:
@@ -167,6 +171,7 @@ class StandInExperts:
     def release(self, expert: int) -> None:
         """Give an expert's memory back to the budget."""
         self._experts.native.fill(expert, _NO_NUMBER)
+        self._held.discard(expert)
         self._device.give_back(self._size)
 
     def run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
@@ -175,3 +180,7 @@ class StandInExperts:
 
     def _copy(self, to: _native.Experts, source: _native.Experts, expert: int) -> SimulatedEvent:
         return self._stream.copy(self._size, lambda: to.copy(expert, source, expert))
+
+
+def _give_back_all(device: StandInDevice, held: set[int], size: int) -> None:
+    device.give_back(len(held) * size)

@@ -45,7 +45,7 @@ struct experts {
   // Takes over expert `from_expert` of `from`. Throws std::invalid_argument unless both have the same shape, format and
   // slices; the numbers of experts may differ.
   void copy(int expert, const experts& from, int from_expert);
-  void fill(int expert, unsigned char byte);  // for tests: no numbers, or nonsense
+  void fill(int expert, unsigned char byte);  // with what is no number, where nothing may be read
   void release(int expert) const;             // gives its memory back until it is packed or copied to again
 };
 
