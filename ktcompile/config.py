@@ -31,6 +31,8 @@ class CompileOptions:
     many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
     placement: which experts those are: "adaptive", by what routers choose while the model runs, or "uniform", "front",
     "random", and, by a recorded profile, "frequency" and "counts". routing_profile: its file.
+    stream_from: calls of so many tokens copy the CPU's experts through the device; None: from where that is faster;
+    0: none does.
     disable_passes: names of passes to leave out.
     dump_graphs: directory for the graph before and after each pass; None: none are written.
     """
@@ -45,6 +47,7 @@ class CompileOptions:
     keep_cpu_copy: bool = False
     placement: str = "adaptive"
     routing_profile: Path | None = None
+    stream_from: int | None = None
     disable_passes: tuple[str, ...] = ()
     dump_graphs: Path | None = None
 
@@ -62,6 +65,9 @@ class CompileOptions:
             raise ValueError(f"device_expert_fraction is {self.device_expert_fraction}; it must be from 0 to 1")
         if self.device_memory is not None and self.device_memory < 0:
             raise ValueError(f"device_memory is {self.device_memory}; it must be 0 bytes or more")
+
+        if self.stream_from is not None and self.stream_from < 0:
+            raise ValueError(f"stream_from is {self.stream_from}; it must be 0 tokens or more")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any] | None) -> CompileOptions:

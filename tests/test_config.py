@@ -35,6 +35,7 @@ def test_every_option_can_be_given():
         "keep_cpu_copy": True,
         "placement": "frequency",
         "routing_profile": "profile.json",
+        "stream_from": 512,
         "disable_passes": ["fuse_moe"],
         "dump_graphs": "graphs",
     }

@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -18,16 +19,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ktcompile.ops import PackedExperts, moe
 from ktcompile.plan.hardware import Link
 from ktcompile.quant import FORMATS
+from ktcompile.runtime.call import SplitCall
 from ktcompile.runtime.device import DeviceMemoryError
 from ktcompile.runtime.devices import Placer
-from ktcompile.runtime.split import SplitCall, SplitExperts
+from ktcompile.runtime.split import SplitExperts
 from ktcompile.runtime.stand_in import StandInDevice, VirtualClock
+from ktcompile.runtime.streaming import Streaming
 
 LINK = Link(bandwidth=1e9, latency=1e-3)
 BATCHES = (1, 7, 40)
 
 
-def split(experts: PackedExperts, room: int, **options: bool) -> tuple[SplitExperts, StandInDevice]:
+def split(experts: PackedExperts, room: int, **options: Any) -> tuple[SplitExperts, StandInDevice]:
     """Put a layer beside a device with room for so many experts."""
     device = StandInDevice(room * experts.native.expert_nbytes, LINK, VirtualClock())
     layer = SplitExperts(experts, device, **options)
@@ -164,7 +167,7 @@ def test_a_device_that_fails_does_not_hold_up_what_follows(monkeypatch):
     x, ids, weights = random_inputs(9)
     ticket = torch.ops.kt.moe_submit(x, ids, weights, experts.handle)
     with monkeypatch.context() as patch:
-        patch.setattr(both._memory, "run", lambda *_: (_ for _ in ()).throw(RuntimeError("no power")))
+        patch.setattr(both.memory, "begin", lambda *_: (_ for _ in ()).throw(RuntimeError("no power")))
         with pytest.raises(RuntimeError, match="no power"):
             torch.ops.kt.moe_resident(x, weights, ticket)
     both.demote(EXPERTS - 1)
@@ -206,6 +209,65 @@ def test_a_copy_that_fails_leaves_its_expert_where_it_was(outward, caplog):
     assert both.resident != before
 
 
+@pytest.mark.parametrize("count", [0, 1, EXPERTS // 2, EXPERTS - 1, EXPERTS])
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_streamed_experts_are_computed_on_the_device(weight_format, count):
+    layer = random_layer(weight_format=weight_format, bias=True)
+    plain, experts = layer.pack(), layer.pack()
+    both, device = split(experts, EXPERTS + 2, streaming=Streaming(from_tokens=7, experts=1))
+    resident(both, count)
+    for dtype in DTYPES:
+        for tokens in BATCHES:
+            before = both.activity.streamed_rows
+            inputs = random_inputs(tokens, dtype)
+            assert_parts(moe(*inputs, experts), moe(*inputs, plain))
+            cold = int((inputs[1] < EXPERTS - count).sum())
+            assert both.activity.streamed_rows - before == (cold if tokens >= 7 else 0)
+    assert device.used_bytes == count * experts.native.expert_nbytes
+    assert both.activity.cpu_rows == sum(
+        int((random_inputs(1, dtype)[1] < EXPERTS - count).sum()) for dtype in DTYPES
+    )  # of the calls that were too short
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+@pytest.mark.parametrize("buffer", [1, 2, EXPERTS])
+def test_what_does_not_fit_or_arrive_is_the_cpus(room, buffer, caplog):
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, device = split(experts, room, streaming=Streaming(from_tokens=1, experts=buffer))
+    inputs = random_inputs(40)
+    with device.failing(iter(["", "unplugged", ""])), caplog.at_level(logging.WARNING, "ktcompile"):
+        assert_parts(moe(*inputs, experts), moe(*inputs, plain))
+    assert ("is computed by the CPU: unplugged" in caplog.text) == (room > 0)
+    assert device.used_bytes == 0
+    arrived = both.activity.bytes_streamed // experts.native.expert_nbytes
+    assert arrived == (EXPERTS - 1 if room else 0)
+
+
+def test_buffers_are_filled_while_others_are_used():
+    """With one buffer the copies would take turns with the products; with two they never stop."""
+    experts = random_layer().pack()
+    _, device = split(experts, 2, streaming=Streaming(from_tokens=1, experts=1))
+    moe(*random_inputs(40), experts)
+    assert device.clock.now == pytest.approx(EXPERTS * LINK.seconds(experts.native.expert_nbytes))
+
+
+def test_an_expert_that_is_on_its_way_is_not_streamed():
+    layer = random_layer()
+    plain, experts = layer.pack(), layer.pack()
+    both, _ = split(experts, 4, streaming=Streaming(from_tokens=1, experts=1))
+    both.promote(0)
+    x, ids, weights = random_inputs(40)
+    call = both.submit(x, ids, weights)
+    both.promote(1)  # after the call has seen it on the CPU's side
+    assert_parts(call.finish(call.resident(x, weights)), moe(x, ids, weights, plain))
+    assert both.activity.bytes_streamed == (EXPERTS - 2) * experts.native.expert_nbytes
+    both.settle()
+    assert both.resident == {0, 1}
+    with both.lending([2]), pytest.raises(ValueError, match="on its way there"):
+        both.promote(2)
+
+
 LAYERS: dict[str, Layer] = {}
 
 
@@ -216,11 +278,12 @@ class Moves(RuleBasedStateMachine):
         weight_format=st.sampled_from(("fp32", "bf16", "int8_dyn", "int4_g32_zp", "mxfp4")),
         room=st.integers(0, EXPERTS),
         keep=st.booleans(),
+        streaming=st.none() | st.builds(Streaming, st.sampled_from((1, 7, 40)), st.integers(1, 3)),
     )
-    def start(self, weight_format, room, keep):
+    def start(self, weight_format, room, keep, streaming):
         layer = LAYERS.setdefault(weight_format, random_layer(weight_format=weight_format, bias=True))
         self.plain, self.experts = layer.pack(), layer.pack()
-        self.layer, self.device = split(self.experts, room, keep_cpu_copy=keep)
+        self.layer, self.device = split(self.experts, room, keep_cpu_copy=keep, streaming=streaming)
         self.under_way: list[tuple[SplitCall, tuple[torch.Tensor, ...]]] = []
 
     @rule(expert=st.integers(0, EXPERTS - 1), fails=st.booleans())
@@ -248,10 +311,12 @@ class Moves(RuleBasedStateMachine):
         self.under_way.append((self.layer.submit(*inputs), inputs))
 
     @precondition(lambda self: self.under_way)
-    @rule(which=st.integers(0, 9))
-    def finish(self, which):
+    @rule(which=st.integers(0, 9), fails=st.booleans())
+    def finish(self, which, fails):
         call, inputs = self.under_way.pop(which % len(self.under_way))
-        got = call.finish(call.resident(inputs[0], inputs[2]))
+        with self.device.failing(iter(["", "fault"] * fails)):
+            part = call.resident(inputs[0], inputs[2])
+        got = call.finish(part)
         assert_reduction(got, moe(*inputs, self.plain))
 
     @invariant()

@@ -122,7 +122,7 @@ def test_nothing_is_compiled_again_when_experts_move(packed):
             move(layer, chance)
         assert relative_error(logits(both, kwargs), wanted) < 1e-5
     assert len(ktcompile.compile_reports()) == 1
-    assert sum(layer.bytes_moved for layer in layers) > 0
+    assert sum(layer.activity.bytes_moved for layer in layers) > 0
 
 
 def move(layer: SplitExperts, chance: random.Random) -> None:

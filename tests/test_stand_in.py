@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.compare import assert_reduction
 from helpers.layers import EXPERTS, random_inputs, random_layer
 
 from ktcompile.ops import moe
 from ktcompile.plan.hardware import Link
 from ktcompile.runtime.device import CopyError, DeviceMemoryError
-from ktcompile.runtime.stand_in import StandInDevice, VirtualClock
+from ktcompile.runtime.stand_in import StandInDevice, StandInExperts, VirtualClock
 
 SLOW = Link(bandwidth=1e6, latency=0.5)
+
+
+def run(held: StandInExperts, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the device's products of all experts, those that it does not hold among them."""
+    products = held.begin(x, ids, weights)
+    products.add(held.select(range(EXPERTS)))
+    return products.result()
 
 
 def test_a_budget_is_kept_and_given_back():
@@ -40,13 +48,27 @@ def test_what_a_copy_has_not_brought_is_no_number():
     fourth = torch.full_like(ids, 4)
     event = held.copy_in(4, experts)
     assert not event.done()
-    assert held.run(x, fourth, weights).isnan().all()
+    assert run(held, x, fourth, weights).isnan().all()
     device.clock.advance(SLOW.seconds(experts.native.expert_nbytes))
     assert event.done()
-    assert torch.equal(held.run(x, fourth, weights), moe(x, fourth, weights, experts))
+    assert torch.equal(run(held, x, fourth, weights), moe(x, fourth, weights, experts))
     held.release(4)
-    assert held.run(x, fourth, weights).isnan().all()
-    assert not held.run(x, torch.full_like(ids, EXPERTS), weights).any()  # skipped
+    assert run(held, x, fourth, weights).isnan().all()
+    assert not run(held, x, torch.full_like(ids, EXPERTS), weights).any()  # skipped
+
+
+def test_selections_are_summed():
+    experts = random_layer().pack()
+    device = StandInDevice(1 << 30, SLOW, VirtualClock())
+    held = device.experts(experts)
+    for expert in range(EXPERTS):
+        held.copy_in(expert, experts).wait()
+    x, ids, weights = random_inputs(9)
+    products = held.begin(x, ids, weights)
+    assert not products.result().any()
+    for selection in ([0, 3], [1], [2, 4]):
+        products.add(held.select(selection))
+    assert_reduction(products.result(), moe(x, ids, weights, experts))
 
 
 def test_copies_end_in_their_order_and_after_their_time():

@@ -47,6 +47,7 @@ def _placer(settings: CompileOptions) -> Placer | None:
         settings.placement,
         profile,
         keep_cpu_copy=settings.keep_cpu_copy,
+        stream_from=settings.stream_from,
     )
 
 

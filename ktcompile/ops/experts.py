@@ -69,6 +69,11 @@ class PackedExperts:
     def nbytes(self) -> int:
         return self.native.nbytes
 
+    @property
+    def label(self) -> str:
+        """What the layer is called in messages."""
+        return self.name or f"experts {self.number} in the order of packing"
+
     def empty(self) -> PackedExperts:
         """Return experts of the same number, shape and format that hold nothing yet, for which no handle stands."""
         other = copy.copy(self)

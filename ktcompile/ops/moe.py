@@ -17,6 +17,8 @@ from ktcompile.ops.store import expert_store
 from ktcompile.ops.threads import native_threads
 from ktcompile.quant import native_dtype
 
+_CPU = torch.device("cpu")
+
 for _schema in (
     "moe(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor experts) -> Tensor",
     "experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,"
@@ -41,7 +43,7 @@ def moe(
 
 def run(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """Run the native kernels. As `moe`, which goes through torch's dispatcher."""
-    check(x_TH, ids_TK, weights_TK, experts)
+    check(x_TH, ids_TK, weights_TK, experts, _CPU)
     if x_TH.stride(1) != 1:
         x_TH = x_TH.contiguous()
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
@@ -72,8 +74,10 @@ def launch(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, e
     return out_TH
 
 
-def check(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts) -> None:
-    """ValueError: a shape, a dtype or a device cannot be used."""
+def check(
+    x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, experts: PackedExperts, where: torch.device
+) -> None:
+    """ValueError: a shape or a dtype cannot be used, or a tensor is not where it should be."""
     if x_TH.dim() != 2 or x_TH.shape[1] != experts.hidden_size:
         raise ValueError(f"hidden_states is {list(x_TH.shape)}; it must be [tokens, {experts.hidden_size}]")
     if ids_TK.dim() != 2 or ids_TK.shape[0] != x_TH.shape[0]:
@@ -87,8 +91,12 @@ def check(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, ex
     native_dtype(x_TH.dtype, "hidden_states")
     native_dtype(weights_TK.dtype, "topk_weights")
     for name, tensor in (("hidden_states", x_TH), ("topk_ids", ids_TK), ("topk_weights", weights_TK)):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}; it must be on the CPU")
+        if tensor.device != where:
+            raise ValueError(f"{name} is on {tensor.device}; it must be on {_place(where)}")
+
+
+def _place(where: torch.device) -> str:
+    return "the CPU" if where == _CPU else str(where)
 
 
 @torch.library.impl(LIBRARY, "moe", "CPU")

@@ -227,7 +227,7 @@ class FirstCall:
 def layer_label(packed: PackedExperts, source: torch.Tensor | None) -> str:
     """Return how a message calls a layer. It may look through all modules."""
     tensors = [packed.handle] if source is None else [packed.handle, source]
-    name = packed.name or qualified_name(tensors) or f"experts {packed.number} in the order of packing"
+    name = packed.name or qualified_name(tensors) or packed.label
     sizes = f"{packed.num_experts} experts, hidden {packed.hidden_size}, intermediate {packed.intermediate_size}"
     return f"self-check of {name} ({sizes})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
@@ -12,15 +13,22 @@ from ktcompile.plan.hardware import Hardware, preset
 from ktcompile.plan.placement import budget_of, place
 from ktcompile.plan.profile import RoutingProfile
 from ktcompile.plan.replan import ReplanConfig
+from ktcompile.plan.streaming import streaming_threshold
 from ktcompile.runtime.adaptive import AdaptivePlacement
+from ktcompile.runtime.calibrate import measured_cpu
 from ktcompile.runtime.device import Device
 from ktcompile.runtime.split import SplitExperts
 from ktcompile.runtime.stand_in import StandInDevice, WallClock
+from ktcompile.runtime.streaming import Streaming
 
 # More than any experts take.
 _UNLIMITED = 1 << 60
-# What the stand-in stands for.
+# What the stand-in stands for, but for the CPU, which is measured.
 _HARDWARE = preset("4090-ddr5")
+# Copies of this size reach the link's speed; more would only take memory from experts that stay.
+_BUFFER_BYTES = 64 << 20
+# Of the device's memory, for the two buffers.
+_MOST_BUFFERED = 0.25
 
 
 @functools.cache
@@ -35,8 +43,9 @@ def device_for(kind: str, memory_bytes: int | None) -> Device:
 class Placer:
     """Puts a part of a model's experts on a device, and keeps moving them where `strategy` is adaptive.
 
-    fraction: of all experts' bytes. profile: needed by strategies that are told what routers choose. hardware: whose
-    times decide what is worth a move.
+    fraction: of all experts' bytes. profile: needed by strategies that are told what routers choose. stream_from: calls
+    of so many tokens copy the CPU's experts through the device; None: from where that is faster; 0: none does.
+    hardware: whose times decide that, and what is worth a move; None: the device's, and this CPU's, which is measured.
     """
 
     def __init__(
@@ -47,11 +56,13 @@ class Placer:
         profile: RoutingProfile | None = None,
         *,
         keep_cpu_copy: bool = False,
+        stream_from: int | None = None,
         config: ReplanConfig | None = None,
-        hardware: Hardware = _HARDWARE,
+        hardware: Hardware | None = None,
     ) -> None:
         self._device, self._fraction, self._strategy, self._profile = device, fraction, strategy, profile
-        self._keep_cpu_copy, self._config, self._hardware = keep_cpu_copy, config, hardware
+        self._keep_cpu_copy, self._stream_from = keep_cpu_copy, stream_from
+        self._config, self._hardware = config, hardware
 
     def ensure(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
         """Split the layers of a model, unless they are split, in whatever way."""
@@ -63,9 +74,12 @@ class Placer:
         for experts in layers:
             if isinstance(experts.split, SplitExperts):
                 experts.split.dissolve()
-        facts = _facts(layers, top_k)
+        facts = facts_of(layers, top_k)
+        hardware = self._hardware or replace(_HARDWARE, cpu=measured_cpu(layers[0], facts.layers[0]))
+        free = self._device.memory_bytes - self._device.used_bytes
+        buffered = self._buffered(facts, free)
         wanted = budget_of(facts, self._fraction)
-        budget = min(wanted, self._device.memory_bytes - self._device.used_bytes)
+        budget = min(wanted, free - buffered)
         if budget < wanted:
             logger.warning(
                 "%d of the %d bytes that experts should have on the %s device are left; the others stay with the CPU",
@@ -73,15 +87,18 @@ class Placer:
                 wanted,
                 self._device.name,
             )
-        plan = place(self._strategy, facts, self._hardware, budget, self._profile)
-        split = [SplitExperts(experts, self._device, keep_cpu_copy=self._keep_cpu_copy) for experts in layers]
-        for experts, layer, resident in zip(layers, split, plan.resident, strict=True):
-            experts.split = layer
+        self._device.set_aside(layers, budget + buffered)
+        plan = place(self._strategy, facts, hardware, budget, self._profile)
+        split = []
+        for experts, layer, resident in zip(layers, facts.layers, plan.resident, strict=True):
+            streaming = self._streaming(hardware, layer, len(resident), buffered)
+            split.append(SplitExperts(experts, self._device, keep_cpu_copy=self._keep_cpu_copy, streaming=streaming))
+            experts.split = split[-1]
             for expert in resident:
-                layer.promote(expert)
-            layer.settle()
+                split[-1].promote(expert)
+            split[-1].settle()
         if self._strategy == "adaptive":
-            split[0].adaptive = AdaptivePlacement(split, facts, self._hardware, budget, self._config, self._profile)
+            split[0].adaptive = AdaptivePlacement(split, facts, hardware, budget, self._config, self._profile)
 
     def step(self, layers: Sequence[PackedExperts]) -> None:
         """Take note of a call of all layers, after which experts may move."""
@@ -89,8 +106,22 @@ class Placer:
         if isinstance(first, SplitExperts) and first.adaptive is not None:
             first.adaptive.step()
 
+    def _buffered(self, facts: ModelFacts, free: int) -> int:
+        """Return how many bytes the two buffers have, 0 where nothing is streamed or memory is short."""
+        if self._stream_from == 0 or self._fraction == 1:
+            return 0
+        least = 2 * max(layer.expert_bytes for layer in facts.layers)
+        size = min(max(least, 2 * _BUFFER_BYTES), int(free * _MOST_BUFFERED))
+        return size if size >= least else 0
 
-def _facts(layers: Sequence[PackedExperts], top_k: Sequence[int]) -> ModelFacts:
+    def _streaming(self, hardware: Hardware, layer: MoeLayerFacts, resident: int, buffered: int) -> Streaming | None:
+        experts = buffered // (2 * layer.expert_bytes)
+        from_tokens = self._stream_from or streaming_threshold(hardware, layer, resident)
+        return Streaming(from_tokens, experts) if experts and from_tokens else None
+
+
+def facts_of(layers: Sequence[PackedExperts], top_k: Sequence[int]) -> ModelFacts:
+    """Return what placement must know of a model's packed layers."""
     return ModelFacts(
         tuple(
             MoeLayerFacts(

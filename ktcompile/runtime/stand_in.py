@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from ktcompile import _native
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.moe import launch
 from ktcompile.plan.hardware import Link
+from ktcompile.runtime.call import only
 from ktcompile.runtime.device import CopyError, DeviceMemoryError
 
 _NO_NUMBER = 0xFF  # NaN in floats and in scales
@@ -118,6 +120,21 @@ class StandInDevice:
         self._stream = Stream(self)
         self._failures: Iterator[str] = iter(())
 
+    def where(self) -> torch.device:
+        """Return the CPU, in whose memory the stand-in is."""
+        return torch.device("cpu")
+
+    def set_aside(self, layers: Sequence[PackedExperts], size: int) -> None:
+        """Do nothing: memory is taken by the expert."""
+
+    def fetch(self, *tensors: torch.Tensor) -> Copies:
+        """Return copies of the tensors."""
+        return Copies(tuple(t.clone() for t in tensors))
+
+    def deliver(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor, which is where it should be."""
+        return tensor
+
     def experts(self, like: PackedExperts) -> StandInExperts:
         """Return room for experts of a layer, none of which it holds yet."""
         return StandInExperts(self, self._stream, like)
@@ -147,6 +164,16 @@ class StandInDevice:
         return next(self._failures, "") or None
 
 
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Tensors that are there."""
+
+    tensors: tuple[torch.Tensor, ...]
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        return self.tensors
+
+
 class StandInExperts:
     """Experts of a native layer of its own, which the CPU's kernels multiply. What it does not hold is no number."""
 
@@ -174,12 +201,46 @@ class StandInExperts:
         self._held.discard(expert)
         self._device.give_back(self._size)
 
-    def run(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum over the experts named, [T, H]; ids of num_experts are skipped."""
-        return launch(x_TH, ids_TK, weights_TK, self._experts)
+    def select(self, experts: Collection[int]) -> torch.Tensor:
+        """Return the number of each expert of the selection, and num_experts for all others [num_experts + 1]."""
+        return only(experts, self._experts.num_experts)
+
+    def begin(self, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> StandInProducts:
+        """Begin the products of a call; ids of num_experts and more are skipped."""
+        known_TK = ids_TK.long().clamp_max(self._experts.num_experts)
+        return StandInProducts(self._experts, x_TH.contiguous(), known_TK, weights_TK.contiguous())
 
     def _copy(self, to: _native.Experts, source: _native.Experts, expert: int) -> SimulatedEvent:
         return self._stream.copy(self._size, lambda: to.copy(expert, source, expert))
+
+
+class StandInProducts:
+    """The CPU's kernels, once for each selection: the first one's part is rounded to the dtype of the call, so that it
+    has their bits if it is the only one; the others are added to it in fp32, in the order in which they come."""
+
+    def __init__(
+        self, experts: PackedExperts, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> None:
+        self._experts, self._x_TH, self._ids_TK, self._weights_TK = experts, x_TH, ids_TK, weights_TK
+        self._sum_TH: torch.Tensor | None = None
+        self._began = self._ended = time.perf_counter()
+
+    def add(self, selection: torch.Tensor) -> None:
+        """Compute the products of a selection's experts."""
+        if self._sum_TH is None:
+            self._sum_TH = launch(self._x_TH, selection[self._ids_TK], self._weights_TK, self._experts)
+        else:
+            part_TH = launch(self._x_TH.float(), selection[self._ids_TK], self._weights_TK, self._experts)
+            self._sum_TH = self._sum_TH.float().add_(part_TH)
+        self._ended = time.perf_counter()
+
+    def result(self) -> torch.Tensor:
+        """Return the weighted sum over all that were added, [T, H]."""
+        return torch.zeros_like(self._x_TH) if self._sum_TH is None else self._sum_TH.to(self._x_TH.dtype)
+
+    def span(self) -> tuple[float, float]:
+        """Return when the products began and ended, by time.perf_counter."""
+        return self._began, self._ended
 
 
 def _give_back_all(device: StandInDevice, held: set[int], size: int) -> None:
