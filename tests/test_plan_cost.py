@@ -1,65 +1,91 @@
-"""The cost model: roofline times, and which way cold experts take."""
+"""The cost of a layer: roofline times, and which way cold experts take."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.placement import naive_cost
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktcompile.plan.cost import CostModel
+from ktcompile.plan.cost import Work, distinct_experts, layer_cost, uniform_layer
 from ktcompile.plan.facts import ModelFacts, MoeLayerFacts
 from ktcompile.plan.hardware import PRESETS, Hardware, Link, Processor, preset
 
-LAYER = MoeLayerFacts(num_experts=8, top_k=2, hidden_size=2048, intermediate_size=768, expert_bytes=9_437_184)
+BYTES = 9_437_184
+LAYER = MoeLayerFacts(num_experts=8, top_k=2, hidden_size=2048, intermediate_size=768, expert_bytes=BYTES)
 CPU = Processor("cpu", 10**11, 5e10, 1e12, 1e-5)
 HYBRID = Hardware("both", CPU, Processor("device", 10**10, 1e12, 1e14, 2e-5), Link(2e10, 1e-5))
 
 
-def mask(*experts: int) -> np.ndarray:
-    return np.isin(np.arange(LAYER.num_experts), experts)
-
-
-def test_one_row_takes_as_long_as_its_weights_take_to_be_read():
-    rows = np.array([1, 0, 0, 0, 0, 0, 0, 0])
-    assert CostModel(HYBRID).cpu_seconds(LAYER, rows)[0] == pytest.approx(9_437_184 / 5e10)
-    assert CostModel(HYBRID).cpu_seconds(LAYER, rows * 10_000)[0] == pytest.approx(10_000 * 6 * 2048 * 768 / 1e12)
+def work(cold, hot, rows=1):
+    """Return the work of so many experts of `rows` tokens on each side."""
+    cpu, device = (p.seconds(BYTES, rows * LAYER.flops_per_row) for p in (HYBRID.cpu, HYBRID.device))
+    return Work(cold, hot, cold * cpu, hot * device, (cold + hot) * device, device, cold * BYTES / 2e10)
 
 
 def test_experts_without_tokens_take_no_time():
-    cost = CostModel(HYBRID).layer(LAYER, np.zeros(8, dtype=np.int64), mask(0, 1))
-    assert (cost.cpu, cost.device, cost.copy, cost.total) == (0, 0, 0, 0)
+    cost = layer_cost(HYBRID, work(0, 0))
+    assert (cost.cpu, cost.device, cost.copy, cost.total, cost.streamed) == (0, 0, 0, 0, False)
 
 
 def test_cpu_and_device_work_side_by_side():
-    rows = np.ones(8, dtype=np.int64)
-    cost = CostModel(HYBRID).split(LAYER, rows, mask(0, 1, 2, 3))
-    assert cost.cpu == pytest.approx(4 * 9_437_184 / 5e10 + 1e-5)
-    assert cost.device == pytest.approx(4 * 9_437_184 / 1e12 + 2e-5)
+    cost = layer_cost(HYBRID, work(4, 4), "split")
+    assert cost.cpu == pytest.approx(4 * BYTES / 5e10 + 1e-5)
+    assert cost.device == pytest.approx(4 * BYTES / 1e12 + 2e-5)
     assert cost.total == max(cost.cpu, cost.device)
 
 
 def test_cold_experts_are_streamed_once_they_have_many_rows():
-    model = CostModel(HYBRID)
-    assert not model.layer(LAYER, np.full(8, 1), mask(0)).streamed
-    many = model.layer(LAYER, np.full(8, 4096), mask(0))
-    assert many.streamed
-    assert many.copy == pytest.approx(7 * 9_437_184 / 2e10 + 1e-5)
+    assert not layer_cost(HYBRID, work(7, 1)).streamed
+    many = layer_cost(HYBRID, work(7, 1, 4096))
+    assert many.streamed and many.cpu == 0
+    assert many.copy == pytest.approx(7 * BYTES / 2e10 + 1e-5)
 
 
-@given(st.lists(st.integers(0, 5000), min_size=8, max_size=8), st.sets(st.integers(0, 7)))
-def test_the_better_way_is_taken(rows, resident):
-    model, counts, on_device = CostModel(HYBRID), np.array(rows), mask(*resident)
-    best = model.layer(LAYER, counts, on_device).total
-    assert best == min(model.split(LAYER, counts, on_device).total, model.streamed(LAYER, counts, on_device).total)
+@given(st.integers(0, 8), st.integers(0, 8), st.integers(1, 5000))
+def test_the_faster_way_is_taken(cold, hot, rows):
+    costs = {way: float(layer_cost(HYBRID, work(cold, hot, rows), way).total) for way in ("split", "streamed")}
+    assert layer_cost(HYBRID, work(cold, hot, rows)).total == min(costs.values())
+    assert layer_cost(HYBRID, work(cold, hot, rows), "streamed").streamed == (cold > 0)
+
+
+def test_arrays_cost_what_each_call_costs():
+    cold, hot = np.array([0, 3, 0, 5]), np.array([0, 0, 4, 2])
+    for rows in (1, 3000):
+        together = layer_cost(HYBRID, work(cold, hot, rows))
+        for index in range(4):
+            one = layer_cost(HYBRID, work(int(cold[index]), int(hot[index]), rows))
+            assert together.total[index] == pytest.approx(float(one.total))
+            assert together.streamed[index] == one.streamed
 
 
 def test_without_a_device_all_is_the_cpus():
-    alone = CostModel(Hardware("cpu", CPU))
-    cost = alone.layer(LAYER, np.ones(8, dtype=np.int64), mask())
-    assert cost.total == cost.cpu > 0
-    with pytest.raises(ValueError, match="no device"):
-        alone.device_seconds(LAYER, np.ones(8, dtype=np.int64))
+    alone = Hardware("cpu", CPU)
+    cost = uniform_layer(alone, LAYER, 1, 0)
+    assert cost.total == cost.cpu == pytest.approx(2 * BYTES / 5e10 + 1e-5)
+    assert not cost.streamed
+    with pytest.raises(AssertionError, match="no device"):
+        uniform_layer(alone, LAYER, 1, 1)
+
+
+@pytest.mark.parametrize("machine", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("resident", [0, 3, 8])
+def test_a_uniform_layer_of_many_tokens_costs_what_its_experts_cost(machine, resident):
+    # With this many tokens each expert has a quarter of them, and a mean is what happens.
+    rows, hot = np.full(8, 1000), np.arange(8) < resident
+    found = uniform_layer(machine, LAYER, 4000, resident)
+    cpu, device, copy, total, streamed = naive_cost(machine, LAYER, rows, hot)
+    assert [found.cpu, found.device, found.copy, found.total] == pytest.approx([cpu, device, copy, total])
+    assert found.streamed == streamed
+
+
+def test_experts_that_tokens_touch():
+    layer = MoeLayerFacts(64, 8, 2048, 1024, BYTES)
+    assert distinct_experts(layer, 1) == pytest.approx(8)
+    assert distinct_experts(layer, 8) == pytest.approx(64 * (1 - (7 / 8) ** 8))
+    assert distinct_experts(layer, 10_000) == pytest.approx(64)
+    assert distinct_experts(MoeLayerFacts(8, 8, 64, 64, 1), 1) == 8
 
 
 def test_facts_and_hardware_refuse_what_cannot_be():

@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 
 from ktcompile.plan.advice import warnings
 from ktcompile.plan.architecture import Architecture, LayerCache, RoutedExperts
+from ktcompile.plan.cost import uniform_layer
 from ktcompile.plan.estimate import (
     DEVICE_RESERVE,
     RAM_RESERVE,
     Plan,
     Workload,
-    distinct_experts,
     estimate,
     predict,
-    uniform_layer,
 )
 from ktcompile.plan.facts import MoeLayerFacts
 from ktcompile.plan.hardware import PRESETS, Hardware
@@ -78,14 +77,6 @@ def test_without_a_device_all_is_in_ram():
     found = estimate(plan(with_memory(PRESETS["laptop"], device=0, ram=16 * GB), bits=4))
     assert found.device is None and found.fits is False and found.runs  # a bf16 checkpoint is read whole
     assert found.ram.dense == 2 * GB and found.ram.experts == 24 * 64 * BF16 // 4
-
-
-def test_experts_that_tokens_touch():
-    layer = MoeLayerFacts(64, 8, 2048, 1024, BF16)
-    assert distinct_experts(layer, 1) == pytest.approx(8)
-    assert distinct_experts(layer, 8) == pytest.approx(64 * (1 - (7 / 8) ** 8))
-    assert distinct_experts(layer, 10_000) == pytest.approx(64)
-    assert distinct_experts(MoeLayerFacts(8, 8, 64, 64, 1), 1) == 8
 
 
 def test_decoding_on_the_cpu_takes_as_long_as_its_bytes_take_to_be_read():

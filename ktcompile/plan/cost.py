@@ -1,87 +1,108 @@
-"""How long the experts of one layer take, split between CPU and device."""
+"""How long the experts of a layer take, split between CPU and device: for estimates, simulations and policies alike."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ktcompile.plan.facts import MoeLayerFacts
-from ktcompile.plan.hardware import Hardware
+from ktcompile.plan.hardware import Hardware, Processor
 
-Rows = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+# How the cold experts of a call are run: on the CPU, copied to the device for this call, or the faster of both.
+Way = Literal["cheaper", "split", "streamed"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """What the experts of a layer have to do in a call: numbers, or arrays over many calls of one shape.
+
+    cold, hot: experts with tokens, in the CPU's memory and on the device. They may be means, of which a part of one is
+    the chance that there is any. cpu: the CPU's seconds for the cold ones. device: the device's for the hot ones.
+    all_device: the device's for all. last: the device's for the expert that is copied last. copy: the link's seconds
+    for the weights of the cold ones. Nothing that a call costs beside its work is in these.
+    """
+
+    cold: Any
+    hot: Any
+    cpu: Any
+    device: Any
+    all_device: Any
+    last: Any
+    copy: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerCost:
-    """Seconds of one layer's experts. cpu, device: busy. copy: weights on the link. total: until the sum is there.
-    streamed: whether cold experts were copied to the device instead of computed on the CPU."""
+    """Seconds of a layer's experts, in the shape of the work. cpu, device: busy. copy: weights on the link.
+    total: until the sum is there. streamed: whether cold experts went to the device and not to the CPU."""
 
-    cpu: float
-    device: float
-    copy: float
-    total: float
-    streamed: bool
-
-
-class CostModel:
-    """Roofline times of expert work on one machine."""
-
-    def __init__(self, hardware: Hardware) -> None:
-        self.hardware = hardware
-
-    def cpu_seconds(self, layer: MoeLayerFacts, rows: Rows) -> NDArray[np.float64]:
-        """Return the CPU's time for each expert, given the tokens of each [E]; experts without tokens take none."""
-        cpu = self.hardware.cpu
-        return _seconds(layer, rows, cpu.bandwidth, cpu.flops)
-
-    def device_seconds(self, layer: MoeLayerFacts, rows: Rows) -> NDArray[np.float64]:
-        """Return the device's time for each expert. ValueError: there is no device."""
-        device = self.hardware.device
-        if device is None:
-            raise ValueError(f"hardware {self.hardware.name!r} has no device")
-        return _seconds(layer, rows, device.bandwidth, device.flops)
-
-    def layer(self, layer: MoeLayerFacts, rows: Rows, resident: Mask) -> LayerCost:
-        """Return the cost of a layer with the better of both ways for its cold experts.
-
-        rows: tokens of each expert [E]. resident: which experts are on the device [E]. CPU and device work side by
-        side; streamed weights go through two buffers, so that copies run beside the device's products.
-        """
-        split = self.split(layer, rows, resident)
-        if self.hardware.device is None:
-            return split
-        stream = self.streamed(layer, rows, resident)
-        return stream if stream.total < split.total else split
-
-    def split(self, layer: MoeLayerFacts, rows: Rows, resident: Mask) -> LayerCost:
-        """Return the cost with cold experts on the CPU."""
-        cold, hot = (rows > 0) & ~resident, (rows > 0) & resident
-        cpu = self._busy(self.cpu_seconds(layer, rows)[cold], self.hardware.cpu.overhead)
-        if self.hardware.device is None:
-            assert not hot.any(), "no device has experts"
-            return LayerCost(cpu, 0.0, 0.0, cpu, streamed=False)
-        device = self._busy(self.device_seconds(layer, rows)[hot], self.hardware.device.overhead)
-        return LayerCost(cpu, device, 0.0, max(cpu, device), streamed=False)
-
-    def streamed(self, layer: MoeLayerFacts, rows: Rows, resident: Mask) -> LayerCost:
-        """Return the cost with cold experts copied to the device. ValueError: there is no device."""
-        times = self.device_seconds(layer, rows)
-        assert self.hardware.device is not None and self.hardware.link is not None
-        device = self._busy(times[rows > 0], self.hardware.device.overhead)
-        cold = int(((rows > 0) & ~resident).sum())
-        copy = self.hardware.link.seconds(cold * layer.expert_bytes)
-        # The last expert's products begin when its copy ends.
-        last = float(times.max()) if cold else 0.0
-        return LayerCost(0.0, device, copy, max(device, copy + last), streamed=cold > 0)
-
-    @staticmethod
-    def _busy(seconds: NDArray[np.float64], overhead: float) -> float:
-        return float(seconds.sum()) + overhead if len(seconds) else 0.0
+    cpu: Floats
+    device: Floats
+    copy: Floats
+    total: Floats
+    streamed: NDArray[np.bool_]
 
 
-def _seconds(layer: MoeLayerFacts, rows: Rows, bandwidth: float, flops: float) -> NDArray[np.float64]:
-    seconds: NDArray[np.float64] = np.maximum(layer.expert_bytes / bandwidth, rows * (layer.flops_per_row / flops))
-    return np.where(rows > 0, seconds, 0.0)
+def layer_cost(hardware: Hardware, work: Work, way: Way = "cheaper") -> LayerCost:
+    """Return what a layer's experts take. CPU and device work side by side; streamed weights go through two buffers, so
+    that copies run beside the device's products, and the last expert's products begin when its copy ends."""
+    none = np.zeros_like(np.asarray(work.cpu, dtype=np.float64))
+    cpu = work.cpu + _any(work.cold) * hardware.cpu.overhead
+    if hardware.device is None or hardware.link is None:
+        assert not np.any(work.hot), "no device has experts"
+        return LayerCost(cpu + none, none, none, cpu + none, none > 0)
+    device = work.device + _any(work.hot) * hardware.device.overhead
+    split = np.maximum(cpu, device)
+    if way == "split":
+        return LayerCost(cpu + none, device + none, none, split + none, none > 0)
+    everything = work.all_device + _any(work.cold + work.hot) * hardware.device.overhead
+    copy = work.copy + _any(work.cold) * hardware.link.latency
+    streaming = np.maximum(everything, copy + _any(work.cold) * work.last)
+    streamed = np.asarray((work.cold > 0) & ((way == "streamed") | (streaming < split)))
+    return LayerCost(
+        cpu=np.where(streamed, 0.0, cpu),
+        device=np.where(streamed, everything, device),
+        copy=np.where(streamed, copy, 0.0),
+        total=np.where(streamed, streaming, split),
+        streamed=streamed,
+    )
+
+
+def uniform_layer(hardware: Hardware, layer: MoeLayerFacts, tokens: float, resident: int) -> LayerCost:
+    """Return the cost of a layer with `resident` experts on the device, if `tokens` tokens choose experts at random."""
+    distinct = distinct_experts(layer, tokens)
+    rows = tokens * layer.top_k / distinct
+    hot, cold = (distinct * n / layer.num_experts for n in (resident, layer.num_experts - resident))
+    on_device, copy = 0.0, 0.0
+    if hardware.device is not None and hardware.link is not None:
+        on_device = _one(hardware.device, layer, rows)
+        copy = cold * layer.expert_bytes / hardware.link.bandwidth
+    work = Work(
+        cold=cold,
+        hot=hot,
+        cpu=cold * _one(hardware.cpu, layer, rows),
+        device=hot * on_device,
+        all_device=distinct * on_device,
+        last=on_device,
+        copy=copy,
+    )
+    return layer_cost(hardware, work)
+
+
+def distinct_experts(layer: MoeLayerFacts, tokens: float) -> float:
+    """Return how many experts `tokens` tokens touch on average, if they choose at random."""
+    return float(layer.num_experts * (1 - (1 - layer.top_k / layer.num_experts) ** tokens))
+
+
+def _one(processor: Processor, layer: MoeLayerFacts, rows: float) -> float:
+    return processor.seconds(layer.expert_bytes, rows * layer.flops_per_row)
+
+
+def _any(count: Any) -> Any:
+    """Return the chance that there is any, of a count or a mean."""
+    return np.minimum(count, 1.0)

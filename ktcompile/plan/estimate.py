@@ -10,9 +10,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from ktcompile.plan.architecture import Architecture
-from ktcompile.plan.cost import LayerCost
-from ktcompile.plan.facts import ModelFacts, MoeLayerFacts
-from ktcompile.plan.hardware import Hardware, Processor
+from ktcompile.plan.cost import uniform_layer
+from ktcompile.plan.facts import ModelFacts
+from ktcompile.plan.hardware import Hardware
 
 # Kept free: of a device for its driver and the gaps of allocators, of RAM for the system and the libraries.
 DEVICE_RESERVE, RAM_RESERVE = 10**9, 2 * 10**9
@@ -175,43 +175,13 @@ def predict(plan: Plan, placed: Estimate, kind: str, tokens: int) -> Prediction:
     return Prediction(
         kind,
         tokens,
-        dense + sum(n * c.total for n, c in costs),
+        dense + float(sum(n * c.total for n, c in costs)),
         dense,
-        sum(n * c.cpu for n, c in costs),
-        sum(n * c.device for n, c in costs),
-        sum(n * c.copy for n, c in costs),
-        any(c.streamed for _, c in costs),
+        float(sum(n * c.cpu for n, c in costs)),
+        float(sum(n * c.device for n, c in costs)),
+        float(sum(n * c.copy for n, c in costs)),
+        any(bool(c.streamed) for _, c in costs),
     )
-
-
-def distinct_experts(layer: MoeLayerFacts, tokens: float) -> float:
-    """Return how many experts `tokens` tokens touch on average."""
-    return float(layer.num_experts * (1 - (1 - layer.top_k / layer.num_experts) ** tokens))
-
-
-def uniform_layer(hardware: Hardware, layer: MoeLayerFacts, tokens: float, resident: int) -> LayerCost:
-    """Return the cost of a layer with `resident` experts on the device, by the better way for the others."""
-    distinct = distinct_experts(layer, tokens)
-    rows = tokens * layer.top_k / distinct
-    hot, cold = (distinct * n / layer.num_experts for n in (resident, layer.num_experts - resident))
-    cpu = _busy(hardware.cpu, layer, rows, cold)
-    if hardware.device is None:
-        assert not resident, "no device has experts"
-        return LayerCost(cpu, 0.0, 0.0, cpu, streamed=False)
-    assert hardware.link is not None
-    device = _busy(hardware.device, layer, rows, hot)
-    split = LayerCost(cpu, device, 0.0, max(cpu, device), streamed=False)
-    everything = _busy(hardware.device, layer, rows, distinct)
-    copy = hardware.link.seconds(cold * layer.expert_bytes)
-    last = hardware.device.seconds(layer.expert_bytes, rows * layer.flops_per_row) if cold else 0.0
-    stream = LayerCost(0.0, everything, copy, max(everything, copy + last), streamed=cold > 0)
-    return stream if stream.total < split.total else split
-
-
-def _busy(processor: Processor, layer: MoeLayerFacts, rows: float, experts: float) -> float:
-    """Return the time of `experts` experts; less than one is the chance that there is work at all."""
-    one = processor.seconds(layer.expert_bytes, rows * layer.flops_per_row)
-    return experts * one + min(1.0, experts) * processor.overhead
 
 
 def _placements(plan: Plan) -> list[tuple[int, ...] | None]:

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ktcompile.plan.cost import LayerCost, Way, Work, layer_cost
 from ktcompile.plan.facts import ModelFacts
 from ktcompile.plan.hardware import Hardware
 from ktcompile.plan.profile import Phase
 from ktcompile.plan.table import ExpertTable, Floats, Mask
 from ktcompile.plan.trace import Trace
 
-# "cheaper": of split and streamed, as `CostModel.layer`. Or one of both always.
-Way = Literal["cheaper", "split", "streamed"]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntervalCost:
-    """Seconds of the experts of all layer-steps [S * L], as in `LayerCost`.
+    """layers: of all layer-steps [S * L]. cpu_read: seconds in which the CPU waits for weights, of all together.
+    streamed_bytes: of all together. hits [L * E]: tokens of experts on the device."""
 
-    cpu_read: seconds in which the CPU waits for weights, of all together. streamed_bytes: of all together.
-    hits [L * E]: tokens of experts on the device.
-    """
-
-    cpu: Floats
-    device: Floats
-    copy: Floats
-    total: Floats
-    streamed: Mask
+    layers: LayerCost
     cpu_read: float
     streamed_bytes: float
     hits: Floats
@@ -89,32 +79,23 @@ class Interval:
 
     def cost(self, resident_LE: Mask, way: Way = "cheaper") -> IntervalCost:
         """Return what all layer-steps take with these experts on the device."""
-        table = self.table
         hot = resident_LE.reshape(-1)[self.expert]
-        cold_count = self.per_slot((~hot).astype(np.float64))
-        cpu = self.per_slot(np.where(hot, 0.0, self.cpu))
-        device = np.maximum(self.all_device - self.per_slot(np.where(hot, 0.0, self.device)), 0.0)
-        device = np.where(self.used > cold_count, device + table.device_overhead, 0.0)
-        cpu = np.where(cold_count > 0, cpu + table.cpu_overhead, 0.0)
-        split = np.maximum(cpu, device)
-        if way == "split":
-            streamed = np.zeros(self.num_slots, dtype=np.bool_)
-            copy = total_streamed = np.zeros(self.num_slots)
-        else:
-            copy = np.where(cold_count > 0, table.link_latency + cold_count * self.link, 0.0)
-            last = np.where(cold_count > 0, self.largest, 0.0)
-            everything = np.where(self.used > 0, self.all_device + table.device_overhead, 0.0)
-            total_streamed = np.maximum(everything, copy + last)
-            streamed = (cold_count > 0) & ((total_streamed < split) | (way == "streamed"))
-        reads = np.where(hot | streamed[self.slot], 0.0, self.read)
+        cold = self.per_slot((~hot).astype(np.float64))
+        work = Work(
+            cold=cold,
+            hot=self.used - cold,
+            cpu=self.per_slot(np.where(hot, 0.0, self.cpu)),
+            device=self.per_slot(np.where(hot, self.device, 0.0)),
+            all_device=self.all_device,
+            last=self.largest,
+            copy=cold * self.link,
+        )
+        layers = layer_cost(self.table.hardware, work, way)
+        reads = np.where(hot | layers.streamed[self.slot], 0.0, self.read)
         return IntervalCost(
-            cpu=np.where(streamed, 0.0, cpu),
-            device=np.where(streamed, self.all_device + table.device_overhead, device),
-            copy=np.where(streamed, copy, 0.0),
-            total=np.where(streamed, total_streamed, split),
-            streamed=streamed,
+            layers=layers,
             cpu_read=float(reads.sum()),
-            streamed_bytes=float((streamed * cold_count * np.tile(table.bytes, self.num_steps)).sum()),
+            streamed_bytes=float((layers.streamed * cold * np.tile(self.table.bytes, self.num_steps)).sum()),
             hits=self._expert_sums(self.expert, np.where(hot, self.rows, 0.0)),
         )
 

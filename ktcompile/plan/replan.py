@@ -48,7 +48,7 @@ def replan(
     streamed, so that to keep them costs no copy; the copies of experts that make room run against the stream.
     """
     size = np.repeat(table.bytes, table.shape[1])
-    copies = (cpu_busy * (1 + config.margin) / table.cpu_bandwidth) * table.bytes[:, None]
+    copies = (cpu_busy * (1 + config.margin) / table.hardware.cpu.bandwidth) * table.bytes[:, None]
     free_LE = resident_LE if passing_LE is None else resident_LE | passing_LE
     # Between experts of a layer that are used about as much, the one whose copy costs nothing comes first.
     ahead = copies * (free_LE.astype(np.float64) + resident_LE) / config.horizon

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ktcompile.plan.bound import lower_bound
+from ktcompile.plan.cost import Way
 from ktcompile.plan.demand import Demand
 from ktcompile.plan.facts import ModelFacts
 from ktcompile.plan.forecast import Forecast
 from ktcompile.plan.hardware import Hardware
-from ktcompile.plan.interval import Interval, IntervalCost, Way, dense_seconds
+from ktcompile.plan.interval import Interval, IntervalCost, dense_seconds
 from ktcompile.plan.placement import budget_of, place
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.replan import ReplanConfig, replan
@@ -178,13 +179,13 @@ class _Run:
     def step(self, interval: Interval, dense: Floats) -> float:
         """Add an interval and return its seconds."""
         cost = self.cost = interval.cost(self.residency.resident, self.way(interval))
-        self.sums["cpu_busy"] += float(cost.cpu.sum())
-        self.sums["device_busy"] += float(cost.device.sum() + dense.sum())
-        self.sums["overlap"] += float(np.minimum(cost.cpu, cost.device).sum())
+        self.sums["cpu_busy"] += float(cost.layers.cpu.sum())
+        self.sums["device_busy"] += float(cost.layers.device.sum() + dense.sum())
+        self.sums["overlap"] += float(np.minimum(cost.layers.cpu, cost.layers.device).sum())
         self.sums["streamed_bytes"] += cost.streamed_bytes
         self.hits += cost.hits
         self.uses += interval.per_expert(interval.rows).reshape(-1)
-        return self._spent(float(cost.total.sum() + dense.sum()) + self._waits(interval), interval)
+        return self._spent(float(cost.layers.total.sum() + dense.sum()) + self._waits(interval), interval)
 
     def _waits(self, interval: Interval) -> float:
         if not self.name.startswith("kt-") or interval.phase is Phase.PREFILL:
@@ -223,7 +224,7 @@ class _Adaptive(_Run):
         assert self.cost is not None
         config, cost = self.setting.config, self.cost
         prefill = interval.phase is Phase.PREFILL
-        idle = max(seconds - float(cost.copy.sum()), 0.0)
+        idle = max(seconds - float(cost.layers.copy.sum()), 0.0)
         busy = min(cost.cpu_read / seconds, 1.0) if seconds else 0.0
         moves = replan(
             self.table,
@@ -240,7 +241,7 @@ class _Adaptive(_Run):
     def _passing(self, interval: Interval, cost: IntervalCost) -> Mask:
         """Return the experts whose weights were streamed in a prefill step."""
         used = np.zeros(self.table.exists.size, dtype=np.bool_)
-        used[interval.expert[cost.streamed[interval.slot]]] = True
+        used[interval.expert[cost.layers.streamed[interval.slot]]] = True
         return used.reshape(self.table.shape) & ~self.residency.resident
 
     def _make(self, moves: Moves, interval: Interval, busy: float) -> None:
@@ -249,7 +250,7 @@ class _Adaptive(_Run):
         self.residency.apply(moves)
         self.swaps += int(moves.to_device.sum())
         self.sums["moved_bytes"] += float(size.sum())
-        self._charge(float(size.sum()) / self.table.cpu_bandwidth * busy, interval)
+        self._charge(float(size.sum()) / self.table.hardware.cpu.bandwidth * busy, interval)
 
     def _charge(self, seconds: float, interval: Interval) -> None:
         self.sums["seconds"] += seconds

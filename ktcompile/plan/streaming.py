@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktcompile.plan.estimate import uniform_layer
+from ktcompile.plan.cost import uniform_layer
 from ktcompile.plan.facts import MoeLayerFacts
 from ktcompile.plan.hardware import Hardware
 

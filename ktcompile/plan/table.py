@@ -29,11 +29,11 @@ class ExpertTable:
     device_read: Floats
     device_row: Floats
     link: Floats
+    top_k: Floats
+    hardware: Hardware
     cpu_overhead: float
     device_overhead: float
     link_latency: float
-    cpu_bandwidth: float
-    top_k: Floats
 
     @classmethod
     def of(cls, facts: ModelFacts, hardware: Hardware) -> ExpertTable:
@@ -52,11 +52,11 @@ class ExpertTable:
             device_read=size / hardware.device.bandwidth,
             device_row=flops / hardware.device.flops,
             link=size / hardware.link.bandwidth,
+            top_k=np.array([layer.top_k for layer in facts.layers], dtype=np.float64),
+            hardware=hardware,
             cpu_overhead=hardware.cpu.overhead,
             device_overhead=hardware.device.overhead,
             link_latency=hardware.link.latency,
-            cpu_bandwidth=hardware.cpu.bandwidth,
-            top_k=np.array([layer.top_k for layer in facts.layers], dtype=np.float64),
         )
 
     @property

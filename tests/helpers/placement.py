@@ -53,3 +53,23 @@ models = st.builds(
     st.lists(st.integers(1, 12), min_size=1, max_size=4),
     st.lists(st.integers(1, 3), min_size=4, max_size=4),
 )
+
+
+def naive_cost(hardware, layer: MoeLayerFacts, rows, resident) -> tuple[float, float, float, float, bool]:
+    """Return cpu, device, copy, total and streamed of one layer's call, expert by expert."""
+    used = [e for e in range(len(rows)) if rows[e]]
+    cold = [e for e in used if not resident[e]]
+    hot = [e for e in used if resident[e]]
+
+    def busy(processor, experts) -> float:
+        times = [processor.seconds(layer.expert_bytes, int(rows[e]) * layer.flops_per_row) for e in experts]
+        return sum(times) + processor.overhead if times else 0.0
+
+    cpu, device = busy(hardware.cpu, cold), busy(hardware.device, hot)
+    if cold:
+        longest = max(busy(hardware.device, [e]) for e in used) - hardware.device.overhead
+        everything, copy = busy(hardware.device, used), hardware.link.seconds(len(cold) * layer.expert_bytes)
+        streaming = max(everything, copy + longest)
+        if streaming < max(cpu, device):
+            return 0.0, everything, copy, streaming, True
+    return cpu, device, 0.0, max(cpu, device), False
