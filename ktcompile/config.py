@@ -23,7 +23,8 @@ class CompileOptions:
     """Options of `torch.compile(model, backend="kt", options={...})`.
 
     weight_format: "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
-    weights: "copy" leaves the model as it is; "take" frees the experts' source storage after packing.
+    weights: "copy" leaves the model as it is; "take" frees the source storage of what is packed,
+    after which only the compiled model can be called.
     inner: who runs the rest of the graph, "inductor" or "eager".
     isa: instruction set of the kernels; None: the best of this machine.
     device: "none", or "stand-in", a device without a GPU that imitates one with its own memory, for trials and tests.

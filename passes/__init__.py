@@ -4,8 +4,10 @@
    modules still stands.
 2. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
    packed weights, which the executable supplies.
-3. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
-4. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
+3. pack_linear: linear layers on constant weights become `kt::linear`, on packed weights too. What is left of plain
+   weights then has no reader in the graph.
+4. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
+5. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 
 from ktcompile.passes.fuse_moe import fuse_moe
 from ktcompile.passes.overlap import overlap
+from ktcompile.passes.pack_linear import pack_linear
 from ktcompile.passes.pack_moe import pack_moe
 from ktcompile.passes.split_experts import split_experts
 
@@ -26,6 +29,7 @@ def passes_for(options: CompileOptions) -> Sequence[Pass]:
     every = [
         Pass("fuse_moe", fuse_moe, exact=False),
         Pass("pack_moe", pack_moe(options), exact=True),
+        Pass("pack_linear", pack_linear(options), exact=False),
     ]
     if options.device != "none":
         every += [Pass("split_experts", split_experts, exact=False), Pass("overlap", overlap, exact=True)]

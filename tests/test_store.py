@@ -21,12 +21,17 @@ from torch import nn
 
 from ktcompile import ops
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.store import ExpertStore
+from ktcompile.ops.store import WeightStore, expert_store
 from ktcompile.runtime.take import take_weights
 
 SIZES = (3, 10, 6)
 NAMES = ("gate_up_proj", "down_proj")
 INPUTS = random_inputs(4, sizes=SIZES, top_k=2)
+
+
+def new_store() -> WeightStore:
+    """Return a store of experts that no other test uses."""
+    return WeightStore(expert_store()._do_pack)
 
 
 class Experts(nn.Module):
@@ -75,7 +80,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.store = ExpertStore()
+        self.store = new_store()
 
     @rule(
         target=subjects,
@@ -130,7 +135,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(subject=subjects)
     def take(self, subject):
         before = [(w.shape, w.stride(), w.dtype) for w in subject.module.weights[:2]]
-        packed = take_weights(self.store, subject.module, subject.module.weights, subject.layer.spec)
+        packed = take_weights(self.store, [subject.module] * 2, subject.module.weights, subject.layer.spec)
         if subject.packed is not None:
             assert packed is subject.packed
         subject.packed, subject.taken = packed, True
@@ -167,7 +172,7 @@ TestStore = StoreMachine.TestCase
 
 
 def test_specs_are_told_apart():
-    store, module, layer = ExpertStore(), owned(small_layer()), small_layer()
+    store, module, layer = new_store(), owned(small_layer()), small_layer()
     other = replace(layer, spec=replace(layer.spec, weight_format="bf16"))
     check_result(store.get(module.weights, layer.spec), layer)
     check_result(store.get(module.weights, other.spec), other)
@@ -175,9 +180,9 @@ def test_specs_are_told_apart():
 
 
 def test_taken_weights_serve_one_spec_until_they_are_loaded_again():
-    store, module, layer = ExpertStore(), owned(small_layer()), small_layer()
+    store, module, layer = new_store(), owned(small_layer()), small_layer()
     other = replace(layer, spec=replace(layer.spec, weight_format="fp16"))
-    take_weights(store, module, module.weights, layer.spec)
+    take_weights(store, [module] * 2, module.weights, layer.spec)
     for use in (store.get, store.take):
         with pytest.raises(ValueError, match=r"the weights were taken and exist only packed, for .*'auto'"):
             use(module.weights, other.spec)
@@ -187,14 +192,14 @@ def test_taken_weights_serve_one_spec_until_they_are_loaded_again():
 
 
 def test_parts_of_one_storage_are_told_apart():
-    store, layers = ExpertStore(), [small_layer(seed) for seed in (1, 2)]
+    store, layers = new_store(), [small_layer(seed) for seed in (1, 2)]
     gate_up, down = (torch.stack([getattr(layer, n) for layer in layers]) for n in ("gate_up", "down"))
     for n, layer in enumerate(layers):
         check_result(store.get([gate_up[n], down[n], None, None], layer.spec), layer)
 
 
 def test_layouts_of_one_storage_are_told_apart():
-    store, layer = ExpertStore(), random_layer(sizes=(3, 8, 4))
+    store, layer = new_store(), random_layer(sizes=(3, 8, 4))
     flat = layer.gate_up.reshape(-1)
     other = replace(layer, gate_up=flat.view(3, 8, 8).mT)  # the same place, other strides
     inputs = random_inputs(4, sizes=(3, 8, 4), top_k=2)
@@ -204,7 +209,7 @@ def test_layouts_of_one_storage_are_told_apart():
 
 
 def test_tensors_that_are_no_parameters():
-    store, layer = ExpertStore(), small_layer()
+    store, layer = new_store(), small_layer()
     weights = [t.clone() for t in layer.weights[:2]] + [None, None]
     packed = weakref.ref(store.get(weights, layer.spec))
     assert store.get([None if t is None else t.detach() for t in weights], layer.spec) is packed()
@@ -214,7 +219,7 @@ def test_tensors_that_are_no_parameters():
 
 
 def test_memory_that_is_used_again_is_not_taken_for_the_old_weights():
-    store = ExpertStore()
+    store = new_store()
     for seed in range(50):
         layer = small_layer(seed)
         module = owned(layer)  # most likely where the last one was
@@ -222,7 +227,7 @@ def test_memory_that_is_used_again_is_not_taken_for_the_old_weights():
 
 
 def test_many_threads_pack_once():
-    store, layer = ExpertStore(), small_layer()
+    store, layer = new_store(), small_layer()
     module = owned(layer)
     start, found = threading.Barrier(4), []
 
@@ -239,18 +244,18 @@ def test_many_threads_pack_once():
 
 
 def test_take_frees_the_source():
-    store, layer = ExpertStore(), small_layer()
+    store, layer = new_store(), small_layer()
     module = owned(layer)
     storages = [weakref.ref(w.untyped_storage()) for w in module.weights[:2]]
-    take_weights(store, module, module.weights, layer.spec)
+    take_weights(store, [module] * 2, module.weights, layer.spec)
     gc.collect()
     assert all(s() is None for s in storages)
 
 
 def test_a_write_to_one_taken_weight_keeps_the_other():
-    store, layer, new = ExpertStore(), small_layer(), small_layer(5)
+    store, layer, new = new_store(), small_layer(), small_layer(5)
     module = owned(layer)
-    take_weights(store, module, module.weights, layer.spec)
+    take_weights(store, [module] * 2, module.weights, layer.spec)
     module.load_state_dict({"down_proj": new.down}, strict=False)
     changed = replace(layer, down=new.down)
     state = module.state_dict()
@@ -260,9 +265,9 @@ def test_a_write_to_one_taken_weight_keeps_the_other():
 
 
 def test_state_dict_after_loading_is_what_was_loaded():
-    store, layer, new = ExpertStore(), small_layer(), small_layer(5)
+    store, layer, new = new_store(), small_layer(), small_layer(5)
     module = owned(layer)
-    take_weights(store, module, module.weights, layer.spec)
+    take_weights(store, [module] * 2, module.weights, layer.spec)
     module.load_state_dict({"gate_up_proj": new.gate_up, "down_proj": new.down})
     state = module.state_dict()
     assert_exact(state["gate_up_proj"], new.gate_up)
@@ -270,18 +275,18 @@ def test_state_dict_after_loading_is_what_was_loaded():
 
 
 def test_state_dict_after_new_data_were_set_is_what_was_set():
-    store, layer, new = ExpertStore(), small_layer(), small_layer(5)
+    store, layer, new = new_store(), small_layer(), small_layer(5)
     module = owned(layer)
-    take_weights(store, module, module.weights, layer.spec)
+    take_weights(store, [module] * 2, module.weights, layer.spec)
     module.gate_up_proj.data = new.gate_up
     assert_exact(module.state_dict()["gate_up_proj"], new.gate_up)
     assert_exact(module.state_dict()["down_proj"], layer.down)
 
 
 def test_state_dict_of_a_part_of_a_model_has_its_prefix():
-    store, layer = ExpertStore(), small_layer()
+    store, layer = new_store(), small_layer()
     model = nn.Sequential(nn.Linear(2, 2), owned(layer))
-    take_weights(store, model[1], model[1].weights, layer.spec)
+    take_weights(store, [model[1]] * 2, model[1].weights, layer.spec)
     assert_exact(model.state_dict()["1.gate_up_proj"], layer.gate_up)
     assert_exact(model[1].down_proj, torch.full_like(layer.down, math.nan))
 
@@ -289,7 +294,7 @@ def test_state_dict_of_a_part_of_a_model_has_its_prefix():
 def test_only_parameters_of_a_module_can_be_taken():
     layer = small_layer()
     with pytest.raises(ValueError, match="weights='take' needs weights that are parameters of Experts"):
-        take_weights(ExpertStore(), owned(layer), layer.weights, layer.spec)
+        take_weights(new_store(), [owned(layer)] * 2, layer.weights, layer.spec)
     assert layer.gate_up.isfinite().all()
 
 

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ktcompile.ops.spec import ExpertsSpec
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+
+from ktcompile.ops.spec import ExpertsSpec, LinearSpec
 
 PACKED = "kt_packed"  # key in a placeholder's meta
 
 
 @dataclass(frozen=True, slots=True)
 class PackedInput:
-    """positions: of gate_up_proj, down_proj, gate_up_bias, down_bias among the graph's original inputs. top_k: experts
-    of each token."""
+    """positions: of a layer's weights, then its biases, among the graph's original inputs; None: it has no such bias.
+    top_k: experts of each token, of an MoE layer."""
 
     positions: tuple[int | None, ...]
-    spec: ExpertsSpec
-    top_k: int
+    spec: ExpertsSpec | LinearSpec
+    top_k: int | None = None
+
+
+def add_packed_input(gm: fx.GraphModule, name: str, packed: PackedInput) -> fx.Node:
+    """Return a new placeholder, behind all others, which the executable fills with the handle of a packed layer."""
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(name)
+    mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"])
+    handle = torch.zeros(1, dtype=torch.int64)
+    node.meta["example_value"] = mode.from_tensor(handle) if mode else handle
+    node.meta[PACKED] = packed
+    return node

@@ -68,7 +68,7 @@ def take(module: nn.Module) -> None:
     spec, names, reason = _facts(module)
     assert not reason
     weights = [None if name is None else getattr(module, name) for name in names]
-    take_weights(expert_store(), module, weights, ExpertsSpec.decode(spec))
+    take_weights(expert_store(), [module, module], weights, ExpertsSpec.decode(spec))
 
 
 def adopt(module: nn.Module, packed: PackedExperts) -> None:

@@ -80,8 +80,9 @@ class PackedExperts:
         other.native, other.first_call, other.split = self._allocate(), None, None
         return other
 
-    def unpack_into(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
-        """Write the weights, dequantised, into tensors of the shapes that they were packed from."""
+    def unpack_into(self, *weights: torch.Tensor) -> None:
+        """Write gate_up_proj and down_proj, dequantised, into tensors of the shapes that they were packed from."""
+        gate_up_proj, down_proj = weights
         _check_weights(gate_up_proj, down_proj, None, None, self.spec)
         places = self._places(gate_up_proj, down_proj)
         self._bring_back(*range(self.num_experts))

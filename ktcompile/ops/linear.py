@@ -53,6 +53,14 @@ class PackedLinear:
     def nbytes(self) -> int:
         return self.native.nbytes
 
+    def unpack_into(self, *weights: torch.Tensor) -> None:
+        """Write the weight, dequantised, into tensors [N', K] that are its rows one after the other."""
+        begin = 0
+        weight_NK = self.unpack()
+        for part in weights:
+            part.copy_(weight_NK[begin : begin + len(part)])
+            begin += len(part)
+
     def unpack(self) -> torch.Tensor:
         """Return the weight, dequantised, [N, K] in fp32."""
         weight_NK = torch.empty(self.out_features, self.in_features)

@@ -56,6 +56,11 @@ class ExpertsSpec:
     weight_format: str = "auto"
     isa: str | None = None
 
+    @property
+    def weights(self) -> int:
+        """How many of a layer's tensors are weights, before its biases."""
+        return 2
+
     def encode(self) -> str:
         """Return the spec as a string for an operator's schema."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -66,3 +71,12 @@ class ExpertsSpec:
         """Return the spec that `encode` wrote."""
         values = json.loads(text)
         return ExpertsSpec(**{**values, "activation": Activation(**values["activation"])})
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """All about linear layers with one input, but their weights. weights: how many there are. isa: as above."""
+
+    weights: int = 1
+    weight_format: str = "auto"
+    isa: str | None = None

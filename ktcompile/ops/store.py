@@ -1,4 +1,4 @@
-"""Packed experts by the tensors that they were packed from: each set of weights is packed once."""
+"""Packed layers by the tensors that they were packed from: each set of weights is packed once."""
 
 from __future__ import annotations
 
@@ -6,23 +6,45 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ktcompile import _native
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.spec import ExpertsSpec
+from ktcompile.ops.linear import PackedLinear
+from ktcompile.ops.spec import ExpertsSpec, LinearSpec
 from ktcompile.quant import native_dtype
 
 Key = tuple[object, ...]
+Weights = Sequence[torch.Tensor | None]
+
+
+class Spec(Protocol):
+    """All about a layer but its tensors; hashable. Its first `weights` tensors are weights, the others biases."""
+
+    @property
+    def weights(self) -> int: ...
+
+
+class Packed(Protocol):
+    """A packed layer."""
+
+    def unpack_into(self, *weights: torch.Tensor) -> None:
+        """Write the weights into tensors of the shapes that they were packed from."""
+        ...
+
+
+S = TypeVar("S", bound=Spec)
+P = TypeVar("P", bound=Packed)
 
 
 @dataclass(slots=True)
-class _Entry:
-    packed: PackedExperts
+class _Entry(Generic[P]):
+    packed: P
     versions: tuple[int, ...]
     storages: tuple[StorageWeakRef, ...]
     taken: bool = False
@@ -32,20 +54,21 @@ class _Entry:
         return any(s.expired() for s in self.storages)  # type: ignore[no-untyped-call]
 
 
-class ExpertStore:
+class WeightStore(Generic[S, P]):
     """Finds the packed form of weights, packing them when they are new or were written to since.
 
     A tensor is known by its storage and by where in it the tensor lies, so that a detached tensor or the tensor
     that a compiled graph receives is the same as the module's parameter.
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[Key, _Entry] = {}
+    def __init__(self, pack: Callable[[Weights, S], P]) -> None:
+        self._do_pack = pack
+        self._entries: dict[Key, _Entry[P]] = {}
         self._lock = threading.RLock()
 
-    def get(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
-        """Return the packed form of (gate_up_proj, down_proj, gate_up_bias, down_bias). ValueError: they were taken
-        for another spec."""
+    def get(self, weights: Weights, spec: S) -> P:
+        """Return the packed form of weights, and biases that may be None. ValueError: they were taken for another
+        spec."""
         key = _key(weights, spec)
         packed = self._find(key, weights)
         if packed is not None:
@@ -53,7 +76,7 @@ class ExpertStore:
         with self._lock:  # another thread may have packed them meanwhile
             return self._find(key, weights) or self._pack(key, weights, spec).packed
 
-    def take(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> PackedExperts:
+    def take(self, weights: Weights, spec: S) -> P:
         """Pack the weights and free their storage. The tensors then read as NaN, of the same shape and strides;
         writing to them, as load_state_dict does, is allowed and makes the next `get` pack what was written."""
         with self._lock:
@@ -61,7 +84,7 @@ class ExpertStore:
             if self.is_taken(weights, spec):
                 return packed
             del self._entries[_key(weights, spec)]
-            for weight in weights[:2]:
+            for weight in weights[: spec.weights]:
                 assert weight is not None
                 weight.data = _nan_like(weight)
             entry = _Entry(packed, versions_of(weights), storages_of(weights), taken=True)
@@ -69,34 +92,32 @@ class ExpertStore:
             self._forget_with(weights[0], _key(weights, spec))
             return packed
 
-    def is_taken(self, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> bool:
+    def is_taken(self, weights: Weights, spec: S) -> bool:
         """Return whether the weights exist only packed."""
         entry = self._entries.get(_key(weights, spec))
         return entry is not None and entry.taken and entry.versions == versions_of(weights)
 
-    def _find(self, key: Key, weights: Sequence[torch.Tensor | None]) -> PackedExperts | None:
+    def _find(self, key: Key, weights: Weights) -> P | None:
         entry = self._entries.get(key)
         if entry is not None and entry.versions == versions_of(weights) and not entry.stale():
             return entry.packed
         return None
 
-    def _pack(self, key: Key, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> _Entry:
-        gate_up, down, gate_up_bias, down_bias = weights
-        assert gate_up is not None and down is not None
+    def _pack(self, key: Key, weights: Weights, spec: S) -> _Entry[P]:
         for stale in [k for k, e in list(self._entries.items()) if e.stale()]:
             self._entries.pop(stale, None)
         self._check_not_taken(key, weights)
         known = self._entries.get(key)
         if known is not None and known.taken:
-            _restore(known, weights)
-        packed = PackedExperts(gate_up, down, gate_up_bias, down_bias, spec)
-        entry = _Entry(packed, versions_of(weights), storages_of(weights))
+            _restore(known, weights, spec.weights)
+        entry = _Entry(self._do_pack(weights, spec), versions_of(weights), storages_of(weights))
         self._entries[key] = entry
         if known is None:
-            self._forget_with(gate_up.untyped_storage(), key)
+            assert weights[0] is not None
+            self._forget_with(weights[0].untyped_storage(), key)
         return entry
 
-    def _check_not_taken(self, key: Key, weights: Sequence[torch.Tensor | None]) -> None:
+    def _check_not_taken(self, key: Key, weights: Weights) -> None:
         for other, entry in list(self._entries.items()):
             if entry.taken and other[:-1] == key[:-1] and other != key and entry.versions == versions_of(weights):
                 raise ValueError(
@@ -109,13 +130,12 @@ class ExpertStore:
         weakref.finalize(source, self._entries.pop, key, None)
 
 
-def _restore(taken: _Entry, weights: Sequence[torch.Tensor | None]) -> None:
+def _restore(taken: _Entry[P], weights: Weights, count: int) -> None:
     """Put back the taken weights that were not written to: one of the others was, or a bias."""
-    gate_up, down = weights[:2]
-    assert gate_up is not None and down is not None
-    unpacked = torch.empty_like(gate_up), torch.empty_like(down)
+    sources = [w for w in weights[:count] if w is not None]
+    unpacked = [torch.empty_like(w) for w in sources]
     taken.packed.unpack_into(*unpacked)
-    for weight, version, values in zip((gate_up, down), taken.versions, unpacked, strict=False):
+    for weight, version, values in zip(sources, taken.versions, unpacked, strict=False):
         if weight._version == version:
             weight.data.copy_(values)
 
@@ -131,28 +151,50 @@ def _nan_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
-def _key(weights: Sequence[torch.Tensor | None], spec: ExpertsSpec) -> Key:
+def _key(weights: Weights, spec: Spec) -> Key:
     return (*places_of(weights), spec)
 
 
-def places_of(weights: Sequence[torch.Tensor | None]) -> Key:
+def places_of(weights: Weights) -> Key:
     """Return where tensors lie, which tensors that a compiled graph receives in their place share."""
     return tuple(
         (w.untyped_storage()._cdata, w.storage_offset(), w.shape, w.stride()) for w in weights if w is not None
     )
 
 
-def versions_of(weights: Sequence[torch.Tensor | None]) -> tuple[int, ...]:
+def versions_of(weights: Weights) -> tuple[int, ...]:
     """Return numbers that change when a tensor is written to."""
     return tuple(0 if w.is_inference() else w._version for w in weights if w is not None)
 
 
-def storages_of(weights: Sequence[torch.Tensor | None]) -> tuple[StorageWeakRef, ...]:
+def storages_of(weights: Weights) -> tuple[StorageWeakRef, ...]:
     """Return weak references to the memory of tensors, in whose place others may lie once it is gone."""
     return tuple(StorageWeakRef(w.untyped_storage()) for w in weights if w is not None)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
-def expert_store() -> ExpertStore:
-    """Return the store of this process."""
-    return ExpertStore()
+def expert_store() -> WeightStore[ExpertsSpec, PackedExperts]:
+    """Return the store of this process, of (gate_up_proj, down_proj, gate_up_bias, down_bias)."""
+    return WeightStore(_pack_experts)
+
+
+@functools.cache
+def linear_store() -> WeightStore[LinearSpec, PackedLinear]:
+    """Return the store of this process, of the weights of linear layers with one input, then their biases."""
+    return WeightStore(_pack_linear)
+
+
+def _pack_experts(weights: Weights, spec: ExpertsSpec) -> PackedExperts:
+    gate_up, down, gate_up_bias, down_bias = weights
+    assert gate_up is not None and down is not None
+    return PackedExperts(gate_up, down, gate_up_bias, down_bias, spec)
+
+
+def _pack_linear(weights: Weights, spec: LinearSpec) -> PackedLinear:
+    parts = [w for w in weights[: spec.weights] if w is not None]
+    biases = weights[spec.weights :]
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([p.new_zeros(len(p)) if b is None else b for p, b in zip(parts, biases, strict=True)])
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return PackedLinear(weight.detach(), bias, spec.weight_format, spec.isa)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import fx
 from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.packed import PACKED, PackedInput
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.store import ExpertStore, expert_store
+from ktcompile.ops.linear import PackedLinear
+from ktcompile.ops.spec import ExpertsSpec, LinearSpec
+from ktcompile.ops.store import Weights, expert_store, linear_store, storages_of
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.take import take_weights
 
@@ -26,25 +29,62 @@ class Executable:
         inner: Callable[..., Any],
         kept: Sequence[int],
         packed: Sequence[PackedInput],
-        store: ExpertStore,
         placer: Placer | None,
     ) -> None:
         self._inner = inner
         self._kept = tuple(kept)
-        self._packed = tuple(packed)
-        self._store = store
+        self._packed = [_Found(p) for p in packed]
         self._placer = placer
-        self._top_k = [p.top_k for p in packed]
+        self._experts = [(i, p.top_k) for i, p in enumerate(packed) if p.top_k is not None]
 
     def __call__(self, *args: Any) -> Any:
-        layers = [self._store.get(_weights(args, p), p.spec) for p in self._packed]
-        given = [*(args[i] for i in self._kept), *(experts.handle for experts in layers)]
-        if self._placer is None:
+        layers = [found.layer(args) for found in self._packed]
+        given = [*(args[i] for i in self._kept), *(layer.handle for layer in layers)]
+        if self._placer is None or not self._experts:
             return self._inner(*given)
-        self._placer.ensure(layers, self._top_k)  # others than those it was built with have the same shapes
+        experts: list[Any] = [layers[i] for i, _ in self._experts]
+        # Others than those it was built with have the same shapes.
+        self._placer.ensure(experts, [top_k for _, top_k in self._experts])
         result = self._inner(*given)
-        self._placer.step(layers)
+        self._placer.step(experts)
         return result
+
+
+class _Found:
+    """The packed layer of the weights of the call before, which are nearly always those of the next."""
+
+    def __init__(self, packed: PackedInput) -> None:
+        self._packed = packed
+        self._positions = [i for i in packed.positions if i is not None]
+        self._seen: list[_Seen] = []
+        self._layer: weakref.ref[PackedExperts | PackedLinear] | None = None
+
+    def layer(self, args: Sequence[Any]) -> PackedExperts | PackedLinear:
+        """Return the packed layer of the arguments of a call."""
+        layer = self._layer() if self._layer is not None else None
+        if layer is not None and all(s.is_still(args[i]) for s, i in zip(self._seen, self._positions, strict=True)):
+            return layer
+        layer = _get(self._packed.spec, _weights(args, self._packed))
+        if not any(args[i].is_inference() for i in self._positions):  # these have no versions
+            self._seen = [_Seen(args[i]) for i in self._positions]
+            self._layer = weakref.ref(layer)
+        return layer
+
+
+class _Seen:
+    """A tensor as it was. The weak reference to its storage keeps another one from having the same address."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = weakref.ref(tensor), tensor._version
+        (self._storage,) = storages_of([tensor])
+
+    def is_still(self, tensor: torch.Tensor) -> bool:
+        """Return whether `tensor` is the one, in the same memory, and was not written to."""
+        return (
+            tensor is self._tensor()
+            and tensor._version == self._version
+            and tensor.untyped_storage()._cdata == self._storage.cdata
+        )
 
 
 def build(
@@ -62,32 +102,40 @@ def build(
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
     if not packed:
         return compile_inner(gm, list(example_inputs))
-    store, owners = expert_store(), ParameterOwners()
-    layers = []
+    replaced = {i for p in packed for i in p.positions if i is not None and not placeholders[i].users}
+    owners = ParameterOwners()
+    layers: list[Any] = []
     for p in packed:
         weights = _weights(example_inputs, p)
-        layers.append(_take(store, owners, weights, p) if take else store.get(weights, p.spec))
-    if placer is not None:
-        placer.place(layers, [p.top_k for p in packed])
-    replaced = {i for p in packed for i in p.positions if i is not None}
-    kept = []
-    for i, node in enumerate(placeholders[: len(example_inputs)]):
-        if i in replaced and not node.users:
-            gm.graph.erase_node(node)
-        else:
-            kept.append(i)
+        alone = take and replaced.issuperset(i for i in p.positions[: p.spec.weights] if i is not None)
+        layers.append(_take(owners, weights, p.spec) if alone else _get(p.spec, weights))
+    experts = [(layer, p.top_k) for layer, p in zip(layers, packed, strict=True) if p.top_k is not None]
+    if placer is not None and experts:
+        placer.place(*(list(part) for part in zip(*experts, strict=True)))
+    for i in replaced:
+        gm.graph.erase_node(placeholders[i])
+    kept = [i for i in range(len(example_inputs)) if i not in replaced]
     gm.recompile()
-    inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *(experts.handle for experts in layers)])
-    return Executable(inner, kept, packed, store, placer)
+    inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *(layer.handle for layer in layers)])
+    return Executable(inner, kept, packed, placer)
 
 
-def _take(
-    store: ExpertStore, owners: ParameterOwners, weights: list[torch.Tensor | None], packed: PackedInput
-) -> PackedExperts:
-    owner = None if weights[0] is None else owners.find(weights[0])
-    if owner is None:
-        raise ValueError("weights='take' needs weights that are parameters of a module; use weights='copy'")
-    return take_weights(store, owner.module, weights, packed.spec)
+def _get(spec: ExpertsSpec | LinearSpec, weights: Weights) -> PackedExperts | PackedLinear:
+    if isinstance(spec, LinearSpec):
+        return linear_store().get(weights, spec)
+    return expert_store().get(weights, spec)
+
+
+def _take(owners: ParameterOwners, weights: Weights, spec: ExpertsSpec | LinearSpec) -> PackedExperts | PackedLinear:
+    modules = []
+    for weight in weights[: spec.weights]:
+        owner = None if weight is None else owners.find(weight)
+        if owner is None:
+            raise ValueError("weights='take' needs weights that are parameters of a module; use weights='copy'")
+        modules.append(owner.module)
+    if isinstance(spec, LinearSpec):
+        return take_weights(linear_store(), modules, weights, spec)
+    return take_weights(expert_store(), modules, weights, spec)
 
 
 def _weights(args: Sequence[Any], packed: PackedInput) -> list[torch.Tensor | None]:

@@ -1,4 +1,4 @@
-"""Moves experts' weights out of a model: the packed form becomes the only one."""
+"""Moves weights out of a model: the packed form becomes the only one."""
 
 from __future__ import annotations
 
@@ -9,46 +9,51 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.spec import ExpertsSpec
-from ktcompile.ops.store import ExpertStore
+from ktcompile.ops.store import P, Packed, S, WeightStore
 
 
 def take_weights(
-    store: ExpertStore, module: nn.Module, weights: Sequence[torch.Tensor | None], spec: ExpertsSpec
-) -> PackedExperts:
-    """Return the packed weights of an experts module, their source storage freed.
+    store: WeightStore[S, P], modules: Sequence[nn.Module], weights: Sequence[torch.Tensor | None], spec: S
+) -> P:
+    """Return the packed form of weights, their source storage freed.
 
-    The module's parameters keep their shape but read as NaN, so that a use outside of the compiled graph shows;
-    its state_dict returns the weights, unpacked. ValueError: the weights are not parameters of the module.
+    modules: the owner of each weight (not of the biases). Their parameters keep their shape but read as NaN, so that a
+    use outside of the compiled graph shows; their state_dict returns the weights, unpacked. ValueError: a weight is not
+    a parameter of its module.
     """
     if store.is_taken(weights, spec):
         return store.get(weights, spec)
-    names = (_name(module, weights[0]), _name(module, weights[1]))
+    owners = [(module, _name(module, weight)) for module, weight in zip(modules, weights, strict=False)]
     packed = store.take(weights, spec)
-    hook = _Unpack(packed, module, names)
-    module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+    like = [getattr(module, name).detach() for module, name in owners]
+    for module in {id(m): m for m in modules}.values():
+        names = {name: i for i, (owner, name) in enumerate(owners) if owner is module}
+        module.register_state_dict_post_hook(_Unpack(packed, module, names, like))  # type: ignore[no-untyped-call]
     return packed
 
 
 class _Unpack:
-    """A state_dict hook that puts the unpacked weights in the place of the NaN."""
+    """A state_dict hook that puts a module's unpacked weights in the place of the NaN.
 
-    def __init__(self, packed: PackedExperts, module: nn.Module, names: tuple[str, str]) -> None:
+    names: which of the packed weights each of its parameters is. like: all of them, as their parameters are.
+    """
+
+    def __init__(self, packed: Packed, module: nn.Module, names: dict[str, int], like: Sequence[torch.Tensor]) -> None:
         self._packed = weakref.ref(packed)
-        self._names = names
-        self._versions = [getattr(module, name)._version for name in names]
+        self._names, self._like = names, [(t.shape, t.dtype) for t in like]
+        self._versions = {name: getattr(module, name)._version for name in names}
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
         packed = self._packed()
         if packed is None:  # other weights were packed since: the parameters hold them
             return
-        tensors = [torch.empty(state[prefix + n].shape, dtype=state[prefix + n].dtype) for n in self._names]
-        packed.unpack_into(tensors[0], tensors[1])
-        for name, version, tensor in zip(self._names, self._versions, tensors, strict=True):
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in self._like]
+        packed.unpack_into(*tensors)
+        for name, index in self._names.items():
             parameter = getattr(module, name)
-            if parameter._version == version and parameter[0, 0, 0].isnan():  # nothing else was written or set
-                state[prefix + name] = tensor
+            # Nothing else was written or set.
+            if parameter._version == self._versions[name] and bool(parameter.flatten()[0].isnan()):
+                state[prefix + name] = tensors[index]
 
 
 def _name(module: nn.Module, weight: torch.Tensor | None) -> str:

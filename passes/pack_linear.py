@@ -1,0 +1,98 @@
+"""Turns linear layers on constant weights into `kt::linear` on packed ones; those with the same input into one.
+
+The packed weights enter the graph as those of experts do. Changes numbers: products are summed in the order of the
+kernels, which is the same for one row and for thousands.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from ktcompile.config import CompileOptions
+from ktcompile.graph.packed import PackedInput, add_packed_input
+from ktcompile.graph.report import CompileReport
+from ktcompile.ops.spec import LinearSpec
+from ktcompile.quant import FORMATS
+
+_LINEAR = torch._C._nn.linear
+_ARGUMENTS = ("input", "weight", "bias")
+_DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
+
+
+class _Layer(NamedTuple):
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+
+    @property
+    def features(self) -> int:
+        return int(self.weight.meta["example_value"].shape[0])
+
+
+def pack_linear(
+    options: CompileOptions,
+) -> Callable[[fx.GraphModule, Sequence[object], CompileReport], int]:
+    """Return the pass for `options`, whose ISA holds for every layer. Weights keep their format."""
+
+    def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+            return 0
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        values = dict(zip(placeholders, example_inputs, strict=False))
+        by_input: dict[fx.Node, list[_Layer]] = {}
+        for node in gm.graph.nodes:
+            layer = _layer(node, values)
+            if layer is not None:
+                by_input.setdefault(layer.x, []).append(layer)
+        for number, (x, layers) in enumerate(by_input.items()):
+            spec = LinearSpec(len(layers), isa=options.isa)
+            parts = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+            positions = tuple(None if n is None else placeholders.index(n) for n in parts)
+            handle = add_packed_input(gm, f"packed_linear_{number}", PackedInput(positions, spec))
+            _replace(gm, x, layers, handle)
+        return sum(map(len, by_input.values()))
+
+    return run
+
+
+def _layer(node: fx.Node, values: dict[fx.Node, object]) -> _Layer | None:
+    """Return what a node is a linear layer of; None: it is none, or its weight is no parameter that can be packed."""
+    if node.target is not _LINEAR:
+        return None
+    given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
+    x, weight, bias = (given.get(name) for name in _ARGUMENTS)
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    for part in (weight, bias):
+        value = values.get(part) if isinstance(part, fx.Node) else None
+        if part is not None and not (isinstance(value, nn.Parameter) and _can_be_packed(value)):
+            return None
+    if len(weight.meta["example_value"].shape) != 2:
+        return None
+    return _Layer(node, x, weight, bias if isinstance(bias, fx.Node) else None)
+
+
+def _can_be_packed(value: torch.Tensor) -> bool:
+    return value.device.type == "cpu" and value.dtype in _DTYPES and value.numel() > 0
+
+
+def _replace(gm: fx.GraphModule, x: fx.Node, layers: Sequence[_Layer], handle: fx.Node) -> None:
+    """Put one operator in the place of all layers of an input; each takes its columns of the result."""
+    first = layers[0].node
+    sizes = [layer.features for layer in layers]
+    with gm.graph.inserting_before(first):
+        joint = gm.graph.call_function(torch.ops.kt.linear.default, (x, handle, sum(sizes)))
+        results = [joint]
+        if len(layers) > 1:
+            parts = gm.graph.call_function(torch.split, (joint, sizes, -1))
+            results = [gm.graph.call_function(operator.getitem, (parts, i)) for i in range(len(layers))]
+    for layer, result in zip(layers, results, strict=True):
+        result.meta = dict(layer.node.meta)
+        layer.node.replace_all_uses_with(result)
+        gm.graph.erase_node(layer.node)

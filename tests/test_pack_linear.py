@@ -1,0 +1,168 @@
+"""The pass that packs linear layers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.compare import assert_exact, assert_reduction
+from torch import nn
+
+from ktcompile.graph import report
+from ktcompile.graph.report import compile_reports
+from ktcompile.ops.linear import PackedLinear
+from ktcompile.ops.store import linear_store
+
+OPTIONS = {"inner": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    report.clear_compile_reports()
+    yield
+    torch._dynamo.reset()
+
+
+class Attention(nn.Module):
+    """Three layers with one input, one of them with a bias, and one behind them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(24, 40, bias=False), nn.Linear(24, 8), nn.Linear(24, 8, bias=False)
+        self.o = nn.Linear(40, 24)
+        self.to(dtype).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(q * k.sum(-1, keepdim=True) + v.mean(-1, keepdim=True))
+
+
+class Tied(nn.Module):
+    """An embedding that is the head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(50, 16, generator=torch.Generator().manual_seed(1)), requires_grad=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.embedding(ids, self.table), self.table)
+
+
+def compiled(module: nn.Module, **options: str) -> Callable[..., torch.Tensor]:
+    return torch.compile(module, backend="kt", fullgraph=True, options=OPTIONS | options)
+
+
+def packed_layers(monkeypatch: pytest.MonkeyPatch) -> list[PackedLinear]:
+    made: list[PackedLinear] = []
+    store = linear_store()
+    pack = store._do_pack
+
+    def noted(weights: Sequence[torch.Tensor | None], spec: object) -> PackedLinear:
+        made.append(pack(weights, spec))
+        return made[-1]
+
+    monkeypatch.setattr(store, "_do_pack", noted)
+    return made
+
+
+def matches() -> list[int]:
+    return [p.matches for r in compile_reports() for p in r.passes if p.name == "pack_linear"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_with_one_input_are_one(dtype, monkeypatch):
+    made = packed_layers(monkeypatch)
+    module = Attention(dtype)
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2)).to(dtype)
+    got, wanted = compiled(module)(x), module(x)
+    if dtype == torch.float32:
+        assert_reduction(got, wanted)
+    else:
+        assert float((got - wanted).float().norm() / wanted.float().norm()) < 4 * torch.finfo(dtype).eps
+    assert matches() == [4]
+    assert sorted(layer.out_features for layer in made) == [24, 56]
+
+
+def test_a_row_does_not_depend_on_the_others():
+    module = Attention()
+    x = torch.randn(70, 24, generator=torch.Generator().manual_seed(2))
+    run = torch.compile(module, backend="kt", options=OPTIONS, dynamic=True)
+    whole = run(x)
+    for begin, end in ((0, 2), (3, 40), (40, 70)):
+        assert_exact(run(x[begin:end]), whole[begin:end])
+
+
+def test_weights_that_are_written_to_are_packed_again(monkeypatch):
+    made = packed_layers(monkeypatch)
+    module = Attention()
+    run, x = compiled(module), torch.randn(3, 24)
+    run(x)
+    with torch.no_grad():
+        module.q.weight.mul_(2)
+    assert_reduction(run(x), module(x))
+    module.o.weight.data = torch.randn(24, 40)
+    assert_reduction(run(x), module(x))
+    assert len(made) == 4
+
+
+def test_taken_weights_are_unpacked_for_a_state_dict():
+    module, twin = Attention(), Attention()
+    run, x = compiled(module, weights="take"), torch.randn(3, 24)
+    assert_reduction(run(x), twin(x))
+    assert module.k.weight.isnan().all() and module.k.bias.isfinite().all()
+    state = module.state_dict()
+    for name, wanted in twin.state_dict().items():
+        assert_exact(state[name], wanted)
+    assert_reduction(run(x), twin(x))
+
+
+def test_a_weight_that_is_used_otherwise_is_not_taken():
+    module, ids = Tied(), torch.tensor([3, 7, 1])
+    wanted = module(ids)
+    run = compiled(module, weights="take")
+    assert_reduction(run(ids), wanted)
+    assert module.table.isfinite().all() and matches() == [1]
+
+
+def test_the_packed_form_goes_with_the_weights():
+    gc.collect()
+    held = len(linear_store()._entries)
+    module = Attention()
+    compiled(module)(torch.randn(3, 24))
+    assert len(linear_store()._entries) == held + 2
+    torch._dynamo.reset()
+    del module
+    gc.collect()
+    assert len(linear_store()._entries) == held
+
+
+def test_what_is_no_constant_weight_is_left():
+    class Others(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 24), requires_grad=False)
+
+        def forward(self, x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.weight * 2) + F.linear(x, given)
+
+    module, x, given = Others(), torch.randn(3, 24), torch.randn(6, 24)
+    assert_exact(compiled(module)(x, given), module(x, given))
+    assert matches() == [0]
+
+
+def test_gradients_keep_the_stock_layers():
+    module = Attention().requires_grad_(True)
+    compiled(module)(torch.randn(3, 24)).sum().backward()
+    assert matches() == [0] and module.q.weight.grad is not None
+
+
+def test_the_pass_can_be_left_out():
+    module, x = Attention(), torch.randn(3, 24)
+    run = torch.compile(module, backend="kt", options=OPTIONS | {"disable_passes": ["pack_linear"]})
+    assert_exact(run(x), module(x))
+    assert matches() == []
