@@ -149,6 +149,11 @@ class Context:
 
     def linear(self, arg0: Linear, arg1: str, arg2: int, arg3: int, arg4: DType, arg5: int, arg6: int, arg7: int, /) -> None: ...
 
+    def norm(self, isa: str, shape: tuple[int, int, int], type: DType, rows: tuple[int, int, int], out: tuple[int, int, int], weight: int, weight_type: DType, offset: float, epsilon: float, round_first: bool) -> None:
+        """
+        Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, stride of groups, of rows), in elements.
+        """
+
     def read_bandwidth(self, isa: str, bytes: int, repeats: int) -> float:
         """
         Bytes per second, the best of `repeats` reads of `bytes`, which are kept until a call with more.

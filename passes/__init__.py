@@ -2,12 +2,12 @@
 
 1. fuse_moe: what was traced in an experts module becomes one `kt::experts`. First, while Dynamo's record of
    modules still stands.
-2. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
+2. fuse_norm: what was traced in a root-mean-square normalisation becomes one `kt::rms_norm`.
+3. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
    packed weights, which the executable supplies.
-3. pack_linear: linear layers on constant weights become `kt::linear`, on packed weights too. What is left of plain
-   weights then has no reader in the graph.
-4. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
-5. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
+4. pack_linear: linear layers on constant weights become `kt::linear`, on packed weights too.
+5. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
+6. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ktcompile.passes.fuse_moe import fuse_moe
+from ktcompile.passes.fuse_norm import fuse_norm
 from ktcompile.passes.overlap import overlap
 from ktcompile.passes.pack_linear import pack_linear
 from ktcompile.passes.pack_moe import pack_moe
@@ -28,6 +29,7 @@ def passes_for(options: CompileOptions) -> Sequence[Pass]:
     """Return the passes to run. ValueError: `options` disables one that does not exist."""
     every = [
         Pass("fuse_moe", fuse_moe, exact=False),
+        Pass("fuse_norm", fuse_norm, exact=False),
         Pass("pack_moe", pack_moe(options), exact=True),
         Pass("pack_linear", pack_linear(options), exact=False),
     ]

@@ -4,6 +4,7 @@ import ktcompile.ops.split  # noqa: F401  (its operators)
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe
+from ktcompile.ops.norm import rms_norm
 from ktcompile.ops.self_check import SelfCheckError
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads, set_num_threads
@@ -19,5 +20,6 @@ __all__ = [
     "moe",
     "pack_experts",
     "pack_linear",
+    "rms_norm",
     "set_num_threads",
 ]

@@ -86,6 +86,9 @@ struct packed_linear {
         weight(format, 1, (n + kt::panel_columns - 1) / kt::panel_columns, 0, in, kt::column_map::plain(0, n), -1) {}
 };
 
+// (address, stride of groups, stride of rows)
+using rows_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t>;
+
 void check_expert(const kt::experts& e, int expert) {
   if (expert < 0 || expert >= e.shape.num_experts)
     throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(e.shape.num_experts));
@@ -322,6 +325,25 @@ NB_MODULE(_native, m) {
              self.linear(w.weight, kernels,
                          {rows, w.k, w.features, address<void>(in), type, in_stride, address<void>(out), out_stride});
            })
+      .def(
+          "norm",
+          [](kt::context& self, const std::string& isa, const std::tuple<std::size_t, std::size_t, std::size_t>& shape,
+             kt::dtype type, const rows_place& in, const rows_place& out, std::uintptr_t weight, kt::dtype weight_type,
+             float offset, float epsilon, bool round_first) {
+            const auto [groups, rows, size] = shape;
+            const auto [from, group_stride, row_stride] = in;
+            const auto [to, out_group_stride, out_row_stride] = out;
+            const nb::gil_scoped_release nogil;
+            self.norm(
+                *isa_named(isa).kernels,
+                {address<void>(from), group_stride, row_stride, address<void>(to), out_group_stride, out_row_stride,
+                 rows, type, size, address<void>(weight), weight_type, offset, epsilon, round_first},
+                groups * rows);
+          },
+          "isa"_a, "shape"_a, "type"_a, "rows"_a, "out"_a, "weight"_a, "weight_type"_a, "offset"_a, "epsilon"_a,
+          "round_first"_a,
+          "Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, "
+          "stride of groups, of rows), in elements.")
       .def(
           "read_bandwidth",
           [](kt::context& self, const std::string& isa, std::size_t bytes, int repeats) {

@@ -1,6 +1,7 @@
 // The forward passes: an MoE layer, a linear layer; and the threads and memory that they need.
 #pragma once
 #include <kt/experts.h>
+#include <kt/norm.h>
 #include <kt/thread_pool.h>
 
 #include <cstdint>
@@ -60,6 +61,9 @@ class context {
 
   // out[r] = weight * in[r] + bias. `weight` is of one expert.
   void linear(const packed_weight& weight, const kernel_table& kernels, const linear_arguments& arguments);
+
+  // Normalises rows, kt/norm.h.
+  void norm(const kernel_table& kernels, const norm_job& job, std::size_t rows);
 
   // Measured ceilings of this machine with this context's threads. Memory that is read is kept until the next call
   // with another size.
