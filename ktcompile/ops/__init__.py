@@ -1,6 +1,7 @@
 """The operators of ktcompile, in the torch.library namespace "kt"."""
 
 import ktcompile.ops.split  # noqa: F401  (its operators)
+from ktcompile.ops.attention import attention, paged_attention
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe
@@ -14,10 +15,12 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "SelfCheckError",
+    "attention",
     "get_num_threads",
     "linear",
     "moe",
     "pack_experts",
     "pack_linear",
+    "paged_attention",
     "set_num_threads",
 ]

@@ -133,6 +133,7 @@ constexpr kernel_table tile_table() {
   t.quantize_rows = quantize_rows;
   t.accumulate = accumulate;
   t.store = store;
+  t.attention = attention;
   t.rows_in_bf16 = true;
   t.tiles = true;
   t.read_bytes = read_bytes;
