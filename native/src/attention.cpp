@@ -188,7 +188,7 @@ class block_worker {
       if (a.mask_kind == mask_type::none) continue;
       masks[r] = v_.mask(b, b.first + r, p);
       if (a.mask_kind == mask_type::boolean) {
-        const bool same = r > 0 && masks[r] == masks[r - 1];  // then it is of the same query
+        const bool same = r > 0 && query == (b.first + r - 1) / v_.group && masks[r] == masks[r - 1];
         if (same)
           begin[r] = begin[r - 1], end[r] = end[r - 1];
         else
