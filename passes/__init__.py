@@ -6,12 +6,14 @@
    packed weights, which the executable supplies.
 3. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
 4. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
+5. fuse_attention: each `scaled_dot_product_attention` becomes a `kt::attention`. No other pass looks at it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ktcompile.passes.fuse_attention import fuse_attention
 from ktcompile.passes.fuse_moe import fuse_moe
 from ktcompile.passes.overlap import overlap
 from ktcompile.passes.pack_moe import pack_moe
@@ -29,6 +31,7 @@ def passes_for(options: CompileOptions) -> Sequence[Pass]:
     ]
     if options.device != "none":
         every += [Pass("split_experts", split_experts, exact=False), Pass("overlap", overlap, exact=True)]
+    every.append(Pass("fuse_attention", fuse_attention(options), exact=False))
     names = [p.name for p in every]
     for name in options.disable_passes:
         if name not in names:

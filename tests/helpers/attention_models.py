@@ -32,6 +32,7 @@ _EXPERTS: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts_per_tok": 
 
 CONFIGS: dict[str, Any] = {
     "groups": lambda: Qwen3MoeConfig(**_SIZES, **_EXPERTS, num_experts=4, num_key_value_heads=2, head_dim=16),
+    "plain": lambda: MistralConfig(**_SIZES, num_key_value_heads=4, head_dim=16, sliding_window=None),
     "window": lambda: MistralConfig(**_SIZES, num_key_value_heads=2, head_dim=16, sliding_window=6),
     "softcap": lambda: Gemma2Config(
         **_SIZES, num_key_value_heads=2, head_dim=16, sliding_window=6, attn_logit_softcapping=3.0
@@ -59,6 +60,7 @@ CONFIGS: dict[str, Any] = {
 
 def build(kind: str, attention: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model of a kind that uses one attention implementation; the same weights each time."""
+    torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=attention).to(dtype).eval()
     randomise(model, 5)
     return model
