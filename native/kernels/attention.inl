@@ -79,12 +79,37 @@ struct seen {
   }
 };
 
-void scores(const attend_job& job) {
+// Fetches the next tile line by line, a few lines at each step.
+class tile_fetch {
+ public:
+  tile_fetch(const attend_job& job, std::size_t steps) : next_(job.next) {
+    std::size_t lines = 0;
+    for (const fetch_rows& f : job.next) lines += f.count * ((f.bytes + 63) / 64);
+    per_step_ = (lines + steps - 1) / steps;
+  }
+  void step() {
+    for (std::size_t n = per_step_; n && which_ < 2; --n) {
+      const fetch_rows& f = next_[which_];
+      if (row_ < f.count) prefetch_l2(static_cast<const char*>(f.rows[row_]) + at_);
+      at_ += 64;
+      if (at_ >= f.bytes) at_ = 0, ++row_;
+      if (row_ >= f.count) row_ = 0, ++which_;
+    }
+  }
+
+ private:
+  const fetch_rows* next_;
+  std::size_t per_step_, at_ = 0;
+  int which_ = 0, row_ = 0;
+};
+
+void scores(const attend_job& job, tile_fetch& fetch) {
   const tiling<> cut(job.rows);
   for (int panel = 0; panel * panel_columns < job.count; ++panel)
     for (int t = 0; t < cut.count; ++t) {
       const int r = cut.begin(t), last = cut.begin(t + 1);
       const int columns = seen(job, r, last).end - panel * panel_columns;
+      fetch.step();
       if (columns <= 0) continue;
       multiply_rows(last - r,
                     {job.keys + panel * job.size * panel_columns, job.queries + r * job.size, job.size, job.size / 2,
@@ -194,12 +219,13 @@ void weigh(const attend_job& job, float* factor) {
   }
 }
 
-void weighted_values(const attend_job& job, const float* factor) {
+void weighted_values(const attend_job& job, const float* factor, tile_fetch& fetch) {
   const tiling<> cut(job.rows);
   for (std::size_t column = 0; column < job.columns; column += panel_columns)
     for (int t = 0; t < cut.count; ++t) {
       const int r = cut.begin(t), last = cut.begin(t + 1);
       const seen s(job, r, last);
+      fetch.step();
       if (s.begin >= s.end) continue;
       multiply_rows(
           last - r,
@@ -229,10 +255,12 @@ void weighted_values_one_by_one(const attend_job& job, const float* factor) {
 
 void attend(const attend_job& job) {
   float factor[attention_rows];
-  scores(job);
+  const std::size_t panels = 2 + (job.columns + panel_columns - 1) / panel_columns;
+  tile_fetch fetch(job, panels * tiling<>(job.rows).count);
+  scores(job, fetch);
   weigh(job, factor);
   if (job.finite)
-    weighted_values(job, factor);
+    weighted_values(job, factor, fetch);
   else
     weighted_values_one_by_one(job, factor);
 }

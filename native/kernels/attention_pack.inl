@@ -39,12 +39,19 @@ void pack_keys(const pack_tile_job& job) {
   with_type(job.type, [&](auto type) {
     for (int first = 0; first < attention_tile; first += vec::lanes) {
       float* to = job.packed + first / panel_columns * even * panel_columns + first % panel_columns;
+      const bool all_keys = first + vec::lanes <= job.count;
       for (std::size_t d = 0; d < even; d += vec::lanes) {
         vec::f32 x[vec::lanes];
-        KT_UNROLLED (i, vec::lanes)
+        if (all_keys && d + vec::lanes <= job.size) {
+          KT_UNROLLED (i, vec::lanes) x[i] = load_as_f32(job.rows[first + i], type(), d);
+          transpose(x);
+          KT_UNROLLED (i, vec::lanes) vec::store(to + (d + i) * panel_columns, x[i]);
+          continue;
+        }
+        for (int i = 0; i < vec::lanes; ++i)
           x[i] = first + i < job.count ? load_part<type()>(job.rows[first + i], d, job.size) : vec::zero();
         transpose(x);
-        KT_UNROLLED (i, vec::lanes)
+        for (int i = 0; i < vec::lanes; ++i)
           if (d + i < even) vec::store(to + (d + i) * panel_columns, x[i]);
       }
     }
@@ -52,20 +59,26 @@ void pack_keys(const pack_tile_job& job) {
 }
 
 bool pack_values(const pack_tile_job& job) {
-  const std::size_t width = (job.size + panel_columns - 1) / panel_columns * panel_columns;
-  const vec::f32 no_number = with_type(job.type, [&](auto type) {
-    vec::f32 sum = vec::zero();  // of zeros, NaN from the first element on that is not finite
-    for (int j = 0; j < attention_tile; ++j)
-      for (std::size_t c = 0; c < width; c += vec::lanes) {
-        const vec::f32 x = j < job.count ? load_part<type()>(job.rows[j], c, job.size) : vec::zero();
-        sum = vec::fma(x, vec::zero(), sum);
-        vec::store(job.packed + (c / panel_columns * attention_tile + j) * panel_columns + c % panel_columns, x);
-      }
-    return sum;
+  const std::size_t panel = static_cast<std::size_t>(attention_tile) * panel_columns;
+  vec::f32 sums[column_vectors];  // of zeros, NaN from the first element on that is not finite
+  KT_UNROLLED (v, column_vectors) sums[v] = vec::zero();
+  with_type(job.type, [&](auto type) {
+    for (int j = 0; j < attention_tile; ++j) {
+      float* to = job.packed + j * panel_columns;
+      for (std::size_t c = 0; c < job.size; c += panel_columns, to += panel)
+        KT_UNROLLED (v, column_vectors) {
+          const std::size_t at = c + v * vec::lanes;
+          const vec::f32 x = j < job.count ? load_part<type()>(job.rows[j], at, job.size) : vec::zero();
+          sums[v] = vec::fma(x, vec::zero(), sums[v]);
+          vec::store(to + v * vec::lanes, x);
+        }
+    }
   });
-  float lanes[vec::lanes];
-  vec::store(lanes, no_number);
   bool finite = true;
-  for (float x : lanes) finite &= x == x;
+  for (const vec::f32& sum : sums) {
+    float lanes[vec::lanes];
+    vec::store(lanes, sum);
+    for (float x : lanes) finite &= x == x;
+  }
   return finite;
 }

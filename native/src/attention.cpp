@@ -11,6 +11,9 @@ namespace {
 
 constexpr std::size_t padded(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
+// What states of splits may take before they are merged.
+constexpr std::int64_t states_bytes = std::int64_t{16} << 20;
+
 // Rows [first, last) of a head of keys of a sequence. Row r is query r / group of head r % group of the group.
 struct row_block {
   int sequence, head;
@@ -152,12 +155,13 @@ class block_worker {
     k_.unpack_rows({rows, b.rows(), v_.a.type, v_.a.key_size, key_size_, queries_});
   }
 
-  void run_split(const row_block& b, std::int64_t split, const attention_state& state) {
+  // `until`: the position at which the thread's work on the block ends.
+  void run_split(const row_block& b, std::int64_t split, std::int64_t until, const attention_state& state) {
     clear(state, b.rows());
     const std::int64_t from = split * attention_split;
     const std::int64_t first = std::max(from, b.begin / attention_tile * attention_tile);
     const std::int64_t last = std::min(from + attention_split, b.end);
-    for (std::int64_t p = first; p < last; p += attention_tile) run_tile(b, p, state);
+    for (std::int64_t p = first; p < last; p += attention_tile) run_tile(b, p, until, state);
   }
 
   void finish(const row_block& b, const attention_state& state) const {
@@ -171,11 +175,12 @@ class block_worker {
   }
 
  private:
-  void run_tile(const row_block& b, std::int64_t p, const attention_state& state) {
+  void run_tile(const row_block& b, std::int64_t p, std::int64_t until, const attention_state& state) {
     const attention_arguments& a = v_.a;
     const int count = static_cast<int>(std::min<std::int64_t>(attention_tile, v_.length(b.sequence) - p));
-    const void *keys[attention_tile], *values[attention_tile], *masks[attention_rows];
-    for (int j = 0; j < count; ++j) {
+    const int next = static_cast<int>(std::clamp<std::int64_t>(until - p - attention_tile, 0, attention_tile));
+    const void *keys[2 * attention_tile], *values[2 * attention_tile], *masks[attention_rows];
+    for (int j = 0; j < (next ? attention_tile + next : count); ++j) {
       keys[j] = v_.position(a.key, b, p + j);
       values[j] = v_.position(a.value, b, p + j);
     }
@@ -204,9 +209,24 @@ class block_worker {
     const bool finite = k_.pack_values({values, count, a.kv_type, a.value_size, values_});
     const attention_state rows = {state.max + first, state.sums + first * attention_sums,
                                   state.out + first * state.width, state.width};
-    k_.attend({queries_ + first * key_size_, key_size_, last - first, keys_, values_, a.value_size, finite,
-               begin + first, end + first, masked ? a.mask_kind : mask_type::none, masks + first, count, a.scale,
-               a.softcap, scores_, rows});
+    k_.attend({queries_ + first * key_size_,
+               key_size_,
+               last - first,
+               keys_,
+               values_,
+               a.value_size,
+               finite,
+               begin + first,
+               end + first,
+               masked ? a.mask_kind : mask_type::none,
+               masks + first,
+               count,
+               a.scale,
+               a.softcap,
+               scores_,
+               rows,
+               {{keys + attention_tile, next, a.key_size * size_of(a.kv_type)},
+                {values + attention_tile, next, a.value_size * size_of(a.kv_type)}}});
   }
   static std::int32_t inside(std::int64_t position) {
     return static_cast<std::int32_t>(std::clamp<std::int64_t>(position, 0, attention_tile));
@@ -231,7 +251,7 @@ void run_blocks(const attention_view& v, const attention_kernels& k, const std::
       worker.begin(b);
       clear(worker.whole_state(), b.rows());
       for (std::int64_t s = b.first_split(); s < b.last_split(); ++s) {
-        worker.run_split(b, s, worker.split_state());
+        worker.run_split(b, s, b.end, worker.split_state());
         k.merge({worker.split_state(), b.rows(), worker.whole_state()});
       }
       worker.finish(b, worker.whole_state());
@@ -240,34 +260,37 @@ void run_blocks(const attention_view& v, const attention_kernels& k, const std::
   pool.run(run);
 }
 
-// A few splits of all blocks at a time, each on any thread, then they are merged in order.
+// Many splits of all blocks at a time, some of one block after the other on any thread; then they are merged in order.
 void run_splits(const attention_view& v, const attention_kernels& k, const std::vector<row_block>& blocks,
-                std::size_t rows, std::int64_t at_once, thread_pool& pool, context_scratch& scratch) {
+                std::size_t rows, std::int64_t splits, thread_pool& pool, context_scratch& scratch) {
   const state_size size{rows, v.width};
-  scratch.attention.reserve(blocks.size() * (at_once + 1) * size.floats() * sizeof(float));
-  const auto state = [&](std::size_t block, std::int64_t i) {
+  const std::int64_t count = static_cast<std::int64_t>(blocks.size()), items_wanted = 8 * pool.size();
+  const std::int64_t fit = states_bytes / static_cast<std::int64_t>(count * size.floats() * sizeof(float));
+  const std::int64_t at_once = std::min(splits, std::max(fit, (items_wanted + count - 1) / count));
+  const std::int64_t together = std::max<std::int64_t>(1, at_once * count / items_wanted);
+  const std::int64_t parts = (at_once + together - 1) / together;  // of a block's splits
+  scratch.attention.reserve(count * (at_once + 1) * size.floats() * sizeof(float));
+  const auto state = [&](std::int64_t block, std::int64_t i) {
     return size.at(scratch.attention.as<float>() + (block * (at_once + 1) + i) * size.floats());
   };
-  std::int64_t splits = 0;
-  for (std::size_t i = 0; i < blocks.size(); ++i) {
-    splits = std::max(splits, blocks[i].last_split() - blocks[i].first_split());
-    clear(state(i, at_once), blocks[i].rows());
-  }
-  for (std::int64_t first = 0; first < std::max<std::int64_t>(splits, 1); first += at_once) {
-    queue items(blocks.size() * at_once);
+  for (std::int64_t i = 0; i < count; ++i) clear(state(i, at_once), blocks[i].rows());
+  for (std::int64_t first = 0; first < splits; first += at_once) {
+    queue items(count * parts);
     auto run = [&](int thread) {
       const denormals_are_zero mode;
       block_worker worker(v, k, scratch.threads[thread].attention, rows);
       for (std::size_t i; items.has(i = items.take());) {
-        const row_block& b = blocks[i / at_once];
-        const std::int64_t split = b.first_split() + first + i % at_once;
-        if (split >= b.last_split()) continue;
+        const std::int64_t which = i / parts, from = i % parts * together, to = std::min(from + together, at_once);
+        const row_block& b = blocks[which];
+        const std::int64_t begin = b.first_split() + first;
+        if (begin + from >= b.last_split()) continue;
         worker.begin(b);
-        worker.run_split(b, split, state(i / at_once, i % at_once));
+        for (std::int64_t s = from; s < to && begin + s < b.last_split(); ++s)
+          worker.run_split(b, begin + s, std::min(b.end, (begin + to) * attention_split), state(which, s));
       }
     };
     pool.run(run);
-    queue wholes(blocks.size());
+    queue wholes(count);
     auto merge = [&](int thread) {
       const denormals_are_zero mode;
       const block_worker worker(v, k, scratch.threads[thread].attention, rows);
@@ -278,7 +301,7 @@ void run_splits(const attention_view& v, const attention_kernels& k, const std::
         if (first + at_once >= splits) worker.finish(b, state(i, at_once));
       }
     };
-    if (blocks.size() > 1)
+    if (count > 1)
       pool.run(merge);
     else
       merge(0);
@@ -301,8 +324,7 @@ void context::attention(const kernel_table& kernels, const attention_arguments& 
   if (count >= 4 * threads || splits <= 1 || threads == 1) {
     run_blocks(view, kernels.attention, blocks, rows, pool_, *scratch_);
   } else {
-    const std::int64_t at_once = std::min(splits, (8 * threads + count - 1) / count);
-    run_splits(view, kernels.attention, blocks, rows, at_once, pool_, *scratch_);
+    run_splits(view, kernels.attention, blocks, rows, splits, pool_, *scratch_);
   }
 }
 

@@ -57,6 +57,13 @@ struct attention_state {
 
 enum class mask_type : std::uint8_t { none, boolean, f32, f16, bf16 };
 
+// Rows that are fetched from memory meanwhile.
+struct fetch_rows {
+  const void* const* rows = nullptr;
+  int count = 0;
+  std::size_t bytes = 0;  // of each
+};
+
 struct attend_job {
   const float* queries;  // [rows][size]
   std::size_t size;      // of keys, even
@@ -75,6 +82,7 @@ struct attend_job {
   float softcap;  // 0: none
   float* scores;  // room for [rows][64]
   attention_state state;
+  fetch_rows next[2];  // keys and values of the next tile
 };
 
 struct merge_job {
