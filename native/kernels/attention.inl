@@ -79,27 +79,25 @@ struct seen {
   }
 };
 
-// Fetches the next tile line by line, a few lines at each step.
+// Fetches the next tile, a few rows at each step.
 class tile_fetch {
  public:
-  tile_fetch(const attend_job& job, std::size_t steps) : next_(job.next) {
-    std::size_t lines = 0;
-    for (const fetch_rows& f : job.next) lines += f.count * ((f.bytes + 63) / 64);
-    per_step_ = (lines + steps - 1) / steps;
-  }
+  tile_fetch(const attend_job& job, int steps)
+      : next_(job.next), per_step_((job.next[0].count + job.next[1].count + steps - 1) / steps) {}
   void step() {
-    for (std::size_t n = per_step_; n && which_ < 2; --n) {
+    for (int n = 0; n < per_step_ && which_ < 2; ++n) {
       const fetch_rows& f = next_[which_];
-      if (row_ < f.count) prefetch_l2(static_cast<const char*>(f.rows[row_]) + at_);
-      at_ += 64;
-      if (at_ >= f.bytes) at_ = 0, ++row_;
-      if (row_ >= f.count) row_ = 0, ++which_;
+      if (row_ < f.count) {
+        const char* row = static_cast<const char*>(f.rows[row_]);
+        for (std::size_t at = 0; at < f.bytes; at += 64) prefetch_l2(row + at);
+      }
+      if (++row_ >= f.count) row_ = 0, ++which_;
     }
   }
 
  private:
   const fetch_rows* next_;
-  std::size_t per_step_, at_ = 0;
+  const int per_step_;
   int which_ = 0, row_ = 0;
 };
 
@@ -255,7 +253,7 @@ void weighted_values_one_by_one(const attend_job& job, const float* factor) {
 
 void attend(const attend_job& job) {
   float factor[attention_rows];
-  const std::size_t panels = 2 + (job.columns + panel_columns - 1) / panel_columns;
+  const int panels = 2 + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
   tile_fetch fetch(job, panels * tiling<>(job.rows).count);
   scores(job, fetch);
   weigh(job, factor);

@@ -56,15 +56,22 @@ class attention_view {
     const std::ptrdiff_t element = b.sequence * s.sequence + query_head(b, row) * s.head + row / group * s.position;
     return static_cast<const char*>(a.mask.data) + (element + position) * static_cast<std::ptrdiff_t>(size);
   }
-  // Of keys or values.
-  const void* position(const attention_place& place, const row_block& b, std::int64_t p) const {
-    std::int64_t block = b.sequence;
-    if (a.block_table) {
-      block = a.block_table[b.sequence * a.table_stride + p / a.block_size];
-      p %= a.block_size;
-    }
+  // Addresses of keys or values at the positions [p, p + count).
+  void positions(const attention_place& place, const row_block& b, std::int64_t p, int count, const void** out) const {
     const attention_strides& s = place.strides;
-    return at(place.data, block * s.sequence + b.head * s.head + p * s.position, a.kv_type);
+    const std::ptrdiff_t step = s.position * static_cast<std::ptrdiff_t>(size_of(a.kv_type));
+    for (int done = 0, run; done < count; done += run, p += run) {
+      std::int64_t block = b.sequence, inside = p;
+      run = count - done;
+      if (a.block_table) {
+        block = a.block_table[b.sequence * a.table_stride + p / a.block_size];
+        inside = p % a.block_size;
+        run = static_cast<int>(std::min<std::int64_t>(run, a.block_size - inside));
+      }
+      const char* first = static_cast<const char*>(
+          at(place.data, block * s.sequence + b.head * s.head + inside * s.position, a.kv_type));
+      for (int i = 0; i < run; ++i) out[done + i] = first + i * step;
+    }
   }
   int query_head(const row_block& b, std::int64_t row) const { return b.head * group + static_cast<int>(row % group); }
 
@@ -180,10 +187,8 @@ class block_worker {
     const int count = static_cast<int>(std::min<std::int64_t>(attention_tile, v_.length(b.sequence) - p));
     const int next = static_cast<int>(std::clamp<std::int64_t>(until - p - attention_tile, 0, attention_tile));
     const void *keys[2 * attention_tile], *values[2 * attention_tile], *masks[attention_rows];
-    for (int j = 0; j < (next ? attention_tile + next : count); ++j) {
-      keys[j] = v_.position(a.key, b, p + j);
-      values[j] = v_.position(a.value, b, p + j);
-    }
+    v_.positions(a.key, b, p, next ? attention_tile + next : count, keys);
+    v_.positions(a.value, b, p, next ? attention_tile + next : count, values);
     std::int32_t begin[attention_rows], end[attention_rows];
     bool masked = a.mask_kind != mask_type::none && a.mask_kind != mask_type::boolean;
     for (int r = 0; r < b.rows(); ++r) {
