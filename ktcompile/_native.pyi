@@ -42,6 +42,17 @@ class ScaleType(enum.Enum):
 class Format:
     def __init__(self, layout: Layout, group: int, scale: ScaleType, zero_points: bool) -> None: ...
 
+class MaskType(enum.Enum):
+    none = 0
+
+    boolean = 1
+
+    f32 = 2
+
+    f16 = 3
+
+    bf16 = 4
+
 class Activation(enum.Enum):
     silu = 0
 
@@ -152,6 +163,11 @@ class Context:
     def norm(self, isa: str, shape: tuple[int, int, int], type: DType, rows: tuple[int, int, int], out: tuple[int, int, int], weight: int, weight_type: DType, offset: float, epsilon: float, round_first: bool) -> None:
         """
         Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, stride of groups, of rows), in elements.
+        """
+
+    def attention(self, isa: str, heads: tuple[int, int, int], sizes: tuple[int, int], type: DType, kv_type: DType, query: tuple[int, int, int, int], key: tuple[int, int, int, int], value: tuple[int, int, int, int], out: tuple[int, int, int, int], counts: tuple[int, int, int, int, int], table: tuple[int, int, int], mask: tuple[tuple[int, int, int, int], MaskType], rule: tuple[bool, int, float, float, int]) -> None:
+        """
+        Softmax attention. heads: (sequences, query heads, heads of keys). sizes: of a key, of a value. query, key, value, out: (address, strides of sequence, head and position). counts: (queries and positions of each sequence, position of the first query or -1, addresses or 0 of int64 query starts and lengths). table: (address or 0, stride, block size). mask: (as query, kind). rule: (causal, window, scale, softcap, address of sinks).
         """
 
     def read_bandwidth(self, isa: str, bytes: int, repeats: int) -> float:

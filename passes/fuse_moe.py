@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.regions import MoeRegion, find_regions, is_moe
 from ktcompile.graph.report import CompileReport
 from ktcompile.log import warn_once
@@ -34,8 +35,7 @@ def fuse_moe(gm: fx.GraphModule, example_inputs: Sequence[object], report: Compi
 
 def _why_not_now(example_inputs: Sequence[object]) -> str | None:
     """The backward of a fused layer is missing, so a graph that needs gradients keeps the stock layers."""
-    differentiable = any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
-    if torch.is_grad_enabled() and differentiable:
+    if needs_gradients(example_inputs):
         return "gradients are enabled; the fused experts only run forward, under torch.no_grad()"
     return None
 

@@ -75,6 +75,7 @@ def test_logits_equal_the_stock_model(inner: str) -> None:
     assert [(p.name, p.matches) for p in only.passes] == [
         ("fuse_moe", 2),
         ("fuse_norm", 9),
+        ("fuse_attention", 2),
         ("pack_moe", 2),
         ("pack_linear", 11),
     ]
@@ -299,7 +300,7 @@ def test_graphs_are_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KTCOMPILE_DUMP_GRAPHS", str(tmp_path / "graphs"))
     logits(torch.compile(make_model(), backend="kt", options=EAGER), ids(9))
     texts = {p.stem.split("_", 2)[2]: p.read_text() for p in (tmp_path / "graphs").iterdir()}
-    assert set(texts) == {"input", "fuse_moe", "pack_moe", "fuse_norm", "pack_linear"}
+    assert set(texts) == {"input", "fuse_moe", "fuse_norm", "pack_moe", "pack_linear", "fuse_attention"}
     assert "torch.ops.kt.experts" in texts["fuse_moe"] and "torch.ops.kt.moe" in texts["pack_moe"]
     assert "torch.ops.kt" not in texts["input"]
 

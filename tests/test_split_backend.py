@@ -205,9 +205,9 @@ class Counted:
 
 def test_split_graphs_only_where_there_is_a_device():
     names = [p.name for p in passes_for(CompileOptions())]
-    assert names == ["fuse_moe", "pack_moe"]
+    assert names == ["fuse_moe", "pack_moe", "fuse_attention"]
     with_device = [p.name for p in passes_for(CompileOptions(device="stand-in"))]
-    assert with_device == [*names, "split_experts", "overlap"]
+    assert with_device == ["fuse_moe", "pack_moe", "split_experts", "overlap", "fuse_attention"]
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,16 @@ class CompileReport:
     """One graph that the backend was given.
 
     moe_found: MoE layers in it. moe_fused: those that run on ktcompile's kernels. fallbacks: why each other one
-    does not, as sentences. passes: in the order in which they ran. inner: who compiled the rest of the graph.
+    does not, as sentences. attention_fused: calls of attention that run on ktcompile's kernels. attention_fallbacks:
+    why each that is left to scaled_dot_product_attention does not. passes: in the order in which they ran. inner: who
+    compiled the rest of the graph.
     """
 
     inner: str
     moe_fused: int = 0
     fallbacks: list[str] = field(default_factory=list)
+    attention_fused: int = 0
+    attention_fallbacks: list[str] = field(default_factory=list)
     passes: list[PassReport] = field(default_factory=list)
 
     @property

@@ -1,6 +1,7 @@
 """The operators of ktcompile, in the torch.library namespace "kt"."""
 
 import ktcompile.ops.split  # noqa: F401  (its operators)
+from ktcompile.ops.attention import attention, paged_attention
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe
@@ -15,11 +16,13 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "SelfCheckError",
+    "attention",
     "get_num_threads",
     "linear",
     "moe",
     "pack_experts",
     "pack_linear",
+    "paged_attention",
     "rms_norm",
     "set_num_threads",
 ]

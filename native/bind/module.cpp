@@ -89,6 +89,20 @@ struct packed_linear {
 // (address, stride of groups, stride of rows)
 using rows_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t>;
 
+using attention_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t>;
+
+kt::attention_strides strides_of(const attention_place& p) { return {std::get<1>(p), std::get<2>(p), std::get<3>(p)}; }
+kt::attention_place view(const attention_place& p) { return {address<void>(std::get<0>(p)), strides_of(p)}; }
+
+// (address or 0, stride of sequences in elements, positions of a block)
+using block_table = std::tuple<std::uintptr_t, std::size_t, std::int64_t>;
+// Queries and positions of each sequence, position of the first query or -1; addresses or 0 of query starts and
+// lengths.
+using attention_counts = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::uintptr_t, std::uintptr_t>;
+// (address, its strides, kind); (causal, window or 0, scale, softcap or 0, address of sinks or 0)
+using attention_mask = std::tuple<attention_place, kt::mask_type>;
+using attention_rule = std::tuple<bool, std::int64_t, float, float, std::uintptr_t>;
+
 void check_expert(const kt::experts& e, int expert) {
   if (expert < 0 || expert >= e.shape.num_experts)
     throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(e.shape.num_experts));
@@ -128,6 +142,12 @@ NB_MODULE(_native, m) {
             new (self) kt::weight_format(format);
           },
           "layout"_a, "group"_a, "scale"_a, "zero_points"_a);
+  nb::enum_<kt::mask_type>(m, "MaskType")
+      .value("none", kt::mask_type::none)
+      .value("boolean", kt::mask_type::boolean)
+      .value("f32", kt::mask_type::f32)
+      .value("f16", kt::mask_type::f16)
+      .value("bf16", kt::mask_type::bf16);
   nb::enum_<kt::activation>(m, "Activation")
       .value("silu", kt::activation::silu)
       .value("gelu_tanh", kt::activation::gelu_tanh)
@@ -344,6 +364,44 @@ NB_MODULE(_native, m) {
           "round_first"_a,
           "Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, "
           "stride of groups, of rows), in elements.")
+      .def(
+          "attention",
+          [](kt::context& self, const std::string& isa, const std::tuple<int, int, int>& heads,
+             const std::tuple<std::size_t, std::size_t>& sizes, kt::dtype type, kt::dtype kv_type,
+             const attention_place& query, const attention_place& key, const attention_place& value,
+             const attention_place& out, const attention_counts& counts, const block_table& table,
+             const attention_mask& mask, const attention_rule& rule) {
+            kt::attention_arguments a;
+            std::tie(a.sequences, a.query_heads, a.kv_heads) = heads;
+            std::tie(a.key_size, a.value_size) = sizes;
+            a.type = type;
+            a.kv_type = kv_type;
+            a.query = view(query);
+            a.key = view(key);
+            a.value = view(value);
+            a.out = address<void>(std::get<0>(out));
+            a.out_strides = strides_of(out);
+            std::uintptr_t starts = 0, lengths = 0, sinks = 0;
+            std::tie(a.queries, a.positions, a.first, starts, lengths) = counts;
+            a.query_starts = address<std::int64_t>(starts);
+            a.lengths = address<std::int64_t>(lengths);
+            a.block_table = address<std::int32_t>(std::get<0>(table));
+            a.table_stride = std::get<1>(table);
+            a.block_size = std::get<2>(table);
+            a.mask = view(std::get<0>(mask));
+            a.mask_kind = std::get<1>(mask);
+            std::tie(a.causal, a.window, a.scale, a.softcap, sinks) = rule;
+            a.sinks = address<float>(sinks);
+            const nb::gil_scoped_release nogil;
+            self.attention(*isa_named(isa).kernels, a);
+          },
+          "isa"_a, "heads"_a, "sizes"_a, "type"_a, "kv_type"_a, "query"_a, "key"_a, "value"_a, "out"_a, "counts"_a,
+          "table"_a, "mask"_a, "rule"_a,
+          "Softmax attention. heads: (sequences, query heads, heads of keys). sizes: of a key, of a value. query, key, "
+          "value, out: (address, strides of sequence, head and position). counts: (queries and positions of each "
+          "sequence, position of the first query or -1, addresses or 0 of int64 query starts and lengths). "
+          "table: (address or 0, stride, block size). mask: (as query, kind). rule: (causal, window, scale, softcap, "
+          "address of sinks).")
       .def(
           "read_bandwidth",
           [](kt::context& self, const std::string& isa, std::size_t bytes, int repeats) {

@@ -5,6 +5,9 @@
 #include "../kernels/probe.inl"
 #include "../kernels/rows.inl"
 #include "../kernels/norm.inl"
+#include "../kernels/transpose.inl"
+#include "../kernels/attention_pack.inl"
+#include "../kernels/attention.inl"
 #include "../kernels/unpack.inl"
 
 inline double int8_arithmetic(std::size_t rounds) {
@@ -36,6 +39,7 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   t.accumulate = accumulate;
   t.store = store;
   t.norm = norm;
+  t.attention = attention;
   t.rows_in_bf16 = rows_in_bf16;
   t.read_bytes = read_bytes;
   t.arithmetic = probe;

@@ -44,3 +44,10 @@ inline vec::f32 gelu_erf(vec::f32 x) {
   const vec::f32 half = vec::mul(x, constant(0.5f));
   return vec::select_negative(x, vec::mul(half, erfc), vec::mul(half, vec::sub(constant(2.0f), erfc)));
 }
+
+// To an absolute error of 2e-7.
+inline vec::f32 tanh(vec::f32 x) {
+  const vec::f32 t = exp(vec::mul(vec::abs(x), constant(-2.0f)));
+  const vec::f32 y = vec::div(vec::sub(constant(1.0f), t), vec::add(constant(1.0f), t));
+  return vec::select_negative(x, vec::sub(vec::zero(), y), y);
+}

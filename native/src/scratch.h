@@ -14,6 +14,7 @@ namespace kt {
 
 struct thread_scratch {
   buffer rows, c, scale, sum;
+  buffer attention;  // queries, a packed tile, scores, states of a split and of all
 };
 
 struct slice_scratch {
@@ -26,6 +27,7 @@ struct context_scratch {
   buffer rows;   // of the input: packed (linear), quantised (int8_dyn)
   buffer scale;  // int8_dyn: of each of them
   buffer probe;
+  buffer attention;                 // states of splits and of blocks of rows that threads share
   std::vector<std::size_t> counts;  // of tokens, by expert; zero between calls
 };
 

@@ -41,4 +41,5 @@ struct test {
 };
 
 // Each in a file of its own.
-extern const std::vector<test> system_tests, topology_tests, value_tests, linear_tests, layer_tests, norm_tests;
+extern const std::vector<test> system_tests, topology_tests, value_tests, linear_tests, layer_tests, attention_tests,
+    norm_tests;

@@ -86,7 +86,7 @@ int main(int argc, char** argv) {
   if (isas.empty() || (!wanted.empty() && isas.size() != wanted.size())) return usage("an ISA does not run here");
   for (const kt::isa* i : isas) std::printf("ISA %s\n", i->name);
   for (const std::vector<test>* tests :
-       {&system_tests, &topology_tests, &value_tests, &linear_tests, &layer_tests, &norm_tests})
+       {&system_tests, &topology_tests, &value_tests, &linear_tests, &layer_tests, &attention_tests, &norm_tests})
     for (const test& t : *tests) timed(t);
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures != 0;

@@ -1,5 +1,6 @@
 // The forward passes: an MoE layer, a linear layer; and the threads and memory that they need.
 #pragma once
+#include <kt/attention.h>
 #include <kt/experts.h>
 #include <kt/norm.h>
 #include <kt/thread_pool.h>
@@ -40,6 +41,44 @@ struct linear_arguments {
   std::size_t out_stride = 0;
 };
 
+// Distances in elements.
+struct attention_strides {
+  std::ptrdiff_t sequence = 0, head = 0, position = 0;
+};
+
+struct attention_place {
+  const void* data = nullptr;
+  attention_strides strides;
+};
+
+// Queries and result are of `type`, keys and values of `kv_type`; elements of one head lie together. Query heads are a
+// multiple of those of keys: head h uses the keys of h / (query_heads / kv_heads).
+struct attention_arguments {
+  int sequences = 0, query_heads = 0, kv_heads = 0;
+  std::size_t key_size = 0, value_size = 0;  // of a head
+  dtype type = dtype::f32, kv_type = dtype::f32;
+  attention_place query, key, value;
+  void* out = nullptr;
+  attention_strides out_strides;
+  std::int64_t queries = 0;                    // of each sequence
+  const std::int64_t* query_starts = nullptr;  // [sequences + 1]: sequence s has the queries [starts[s], starts[s + 1])
+                                               // of the first, instead; else null
+  std::int64_t positions = 0;                  // of keys
+  const std::int64_t* lengths = nullptr;       // of each sequence, fewer than `positions`; or null
+  std::int64_t first = -1;                     // position of the first query of each; -1: the queries are last
+  // Blocks of positions: position p of sequence s is p % block_size of block table[s][p / block_size], and the strides
+  // of a sequence are those of a block. Null: sequence s is block s.
+  const std::int32_t* block_table = nullptr;
+  std::size_t table_stride = 0;
+  std::int64_t block_size = 0;
+  bool causal = false;
+  std::int64_t window = 0;  // > 0: a query sees so many positions, the last of which is its own; causal
+  attention_place mask;     // `position` steps over queries; those of keys lie together
+  mask_type mask_kind = mask_type::none;
+  const float* sinks = nullptr;  // [query_heads]
+  float scale = 1.0f, softcap = 0.0f;
+};
+
 // Where the threads of a context run.
 struct thread_place {
   int slice = 0;  // whose memory is near: it works on this slice of the experts first
@@ -64,6 +103,8 @@ class context {
 
   // Normalises rows, kt/norm.h.
   void norm(const kernel_table& kernels, const norm_job& job, std::size_t rows);
+  // Softmax attention, kt/attention.h.
+  void attention(const kernel_table& kernels, const attention_arguments& arguments);
 
   // Measured ceilings of this machine with this context's threads. Memory that is read is kept until the next call
   // with another size.

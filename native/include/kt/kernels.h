@@ -11,6 +11,7 @@
 // with a scale for each group of k sum the group from zero, then add scale * sum, one fused multiply-add, groups
 // ascending; formats with a scale for each column multiply by it at the end. int8_dyn sums integers.
 #pragma once
+#include <kt/attention.h>
 #include <kt/layout.h>
 #include <kt/norm.h>
 
@@ -126,6 +127,7 @@ struct kernel_table {
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
   norm_kernel norm;
+  attention_kernels attention;
   bool rows_in_bf16;  // `rows` are bf16
   bool tiles;         // floats are summed in the order of AMX
   // Roofline probes: the exclusive-or of all bytes; `rounds` rounds of independent multiply-adds of the kind that

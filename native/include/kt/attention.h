@@ -1,0 +1,112 @@
+// The kernels of softmax attention of one instruction set, as plain functions over plain memory, and what they are
+// called with.
+//
+// Positions of keys are cut into tiles of 64 and splits of 256, both from position 0 on, whatever is asked. A row is
+// one query of one head. For each row, on every instruction set:
+//   score   = sum over pairs of the head's dimensions ascending, in a pair odd before even, one fused multiply-add
+//             each (what VDPBF16PS does); times `scale`; softcap * tanh(score / softcap); plus the mask. Positions that
+//             the row does not see get -infinity.
+//   tile    m' = max(m, scores), f = e^(m - m'), p = e^(score - m');
+//             sums[i] = sums[i] f + p[i] + p[i + 16] + p[i + 32] + p[i + 48], for i in [0, 16);
+//             out = out f + sum of p * value over pairs of positions ascending, in a pair odd before even.
+//             The split begins with m = the lowest float, sums = out = 0.
+//   splits  of what went before (m1) and the next split (m2), ascending: m = max(m1, m2),
+//             x = x1 e^(m1 - m) + x2 e^(m2 - m) for sums and out.
+//   result  out / (sum of sums by halves + e^(sink - m)), or zero for a row that sees nothing.
+// A tile or a split that a row does not see changes nothing in it, so it makes no difference which of them are run,
+// how many rows there are and which thread runs a split.
+#pragma once
+#include <kt/layout.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kt {
+
+constexpr int attention_tile = 64, attention_split = 256;
+constexpr int attention_sums = 16;
+constexpr int attention_rows = 128;  // of a block, at most
+constexpr float attention_lowest = -0x1.fffffep127f;
+
+// Keys or values of the positions [0, count) of a tile: each `size` elements that lie together.
+struct pack_tile_job {
+  const void* const* rows;
+  int count;
+  dtype type;
+  std::size_t size;
+  // Keys: [2][size, made even][32], zero beyond `size` and `count`. Values: [panels of 32 columns][64][32], likewise.
+  float* packed;
+};
+
+// Rows of queries in fp32, zero beyond `size`.
+struct unpack_rows_job {
+  const void* const* rows;
+  int count;
+  dtype type;
+  std::size_t size, stride;
+  float* unpacked;  // row r at r * stride, stride >= size
+};
+
+// What rows have summed up.
+struct attention_state {
+  float* max;         // [rows]
+  float* sums;        // [rows][16]
+  float* out;         // [rows][width]
+  std::size_t width;  // columns of values in whole panels
+};
+
+enum class mask_type : std::uint8_t { none, boolean, f32, f16, bf16 };
+
+// Rows that are fetched from memory meanwhile.
+struct fetch_rows {
+  const void* const* rows = nullptr;
+  int count = 0;
+  std::size_t bytes = 0;  // of each
+};
+
+struct attend_job {
+  const float* queries;  // [rows][size]
+  std::size_t size;      // of keys, even
+  int rows;
+  const float* keys;    // as packed
+  const float* values;  // as packed
+  std::size_t columns;  // of values
+  bool finite;          // all values are; else positions of weight zero are left out one by one
+  // Row r sees the positions [begin[r], end[r]) of the tile, which is none where begin >= end.
+  const std::int32_t* begin;
+  const std::int32_t* end;
+  mask_type mask;
+  const void* const* mask_rows;  // of each row, for the tile's first position; [count] are read
+  int count;
+  float scale;
+  float softcap;  // 0: none
+  float* scores;  // room for [rows][64]
+  attention_state state;
+  fetch_rows next[2];  // keys and values of the next tile
+};
+
+struct merge_job {
+  attention_state from;
+  int rows;
+  attention_state into;
+};
+
+struct finish_job {
+  attention_state state;
+  int rows;
+  const float* sinks;  // of each row, or null
+  void* const* out;    // where each row's `columns` go
+  dtype type;
+  std::size_t columns;
+};
+
+struct attention_kernels {
+  void (*unpack_rows)(const unpack_rows_job&);
+  void (*pack_keys)(const pack_tile_job&);
+  bool (*pack_values)(const pack_tile_job&);  // returns whether all are finite
+  void (*attend)(const attend_job&);
+  void (*merge)(const merge_job&);
+  void (*finish)(const finish_job&);
+};
+
+}  // namespace kt

@@ -1,0 +1,324 @@
+// One tile of keys and values, the merge of splits and what is left to do at the end: kt/attention.h has the formulas.
+
+struct product_job {
+  const float* panel;  // [2 pairs][32]
+  const float* a;      // row m at m * a_stride, [2 pairs]
+  std::size_t a_stride;
+  std::size_t pairs;
+  float* c;  // row m at m * c_stride
+  std::size_t c_stride;
+  const float* factor;  // of each row of c, whose products are added to c * factor; null: to zero
+};
+
+// M rows by N vectors of columns.
+template <int M, int N>
+[[gnu::noinline]] void product(const product_job& job, int column) {
+  vec::f32 acc[M][N];
+  float* c = job.c + column;
+  if (job.factor) {
+    KT_UNROLLED (m, M)
+      KT_UNROLLED (n, N)
+        acc[m][n] = vec::mul(vec::load(c + m * job.c_stride + n * vec::lanes), vec::set1(job.factor[m]));
+  } else {
+    KT_UNROLLED (m, M)
+      KT_UNROLLED (n, N) acc[m][n] = vec::zero();
+  }
+  const float *b = job.panel + column, *a = job.a;
+  const std::size_t stride = job.a_stride;
+  const auto multiply = [&](int k) __attribute__((always_inline)) {
+    if constexpr (M < N) {
+      vec::f32 x[M];
+      KT_UNROLLED (m, M) x[m] = vec::set1(a[m * stride + k]);
+      KT_UNROLLED (n, N) {
+        const vec::f32 y = vec::load(b + k * panel_columns + n * vec::lanes);
+        KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], y);
+      }
+    } else {
+      vec::f32 y[N];
+      KT_UNROLLED (n, N) y[n] = vec::load(b + k * panel_columns + n * vec::lanes);
+      KT_UNROLLED (m, M) {
+        const vec::f32 x = vec::set1(a[m * stride + k]);
+        KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x, y[n]);
+      }
+    }
+  };
+  for (std::size_t p = job.pairs; p; --p) {
+    multiply(1);
+    multiply(0);
+    a += 2;
+    b += 2 * panel_columns;
+  }
+  KT_UNROLLED (m, M)
+    KT_UNROLLED (n, N) vec::store(c + m * job.c_stride + n * vec::lanes, acc[m][n]);
+}
+
+// The columns [0, columns) of a panel, and perhaps some beyond.
+template <int M>
+void product_columns(const product_job& job, int columns) {
+  constexpr int n = vec::tile_vectors(M);
+  for (int column = 0; column < panel_columns && column < columns; column += n * vec::lanes) product<M, n>(job, column);
+}
+
+void multiply_rows(int rows, const product_job& job, int columns) {
+  static constexpr functions_by_rows<void (*)(const product_job&, int), vec::max_rows> by_rows(
+      [](auto m) { return &product_columns<m()>; });
+  by_rows[rows](job, columns);
+}
+
+// What some of its rows see of a tile: [begin, end), of which begin is even; empty where begin >= end.
+struct seen {
+  int begin = attention_tile, end = 0;
+  seen(const attend_job& job, int first, int last) {
+    for (int r = first; r < last; ++r) {
+      const int b = job.begin[r] > 0 ? job.begin[r] : 0, e = job.end[r] < job.count ? job.end[r] : job.count;
+      if (b >= e) continue;
+      begin = b < begin ? b : begin;
+      end = e > end ? e : end;
+    }
+    begin -= begin % 2;
+  }
+};
+
+// Fetches the next tile, a few rows at each step.
+class tile_fetch {
+ public:
+  tile_fetch(const attend_job& job, int steps)
+      : next_(job.next), per_step_((job.next[0].count + job.next[1].count + steps - 1) / steps) {}
+  void step() {
+    for (int n = 0; n < per_step_ && which_ < 2; ++n) {
+      const fetch_rows& f = next_[which_];
+      if (row_ < f.count) {
+        const char* row = static_cast<const char*>(f.rows[row_]);
+        for (std::size_t at = 0; at < f.bytes; at += 64) prefetch_l2(row + at);
+      }
+      if (++row_ >= f.count) row_ = 0, ++which_;
+    }
+  }
+
+ private:
+  const fetch_rows* next_;
+  const int per_step_;
+  int which_ = 0, row_ = 0;
+};
+
+void scores(const attend_job& job, tile_fetch& fetch) {
+  const tiling<> cut(job.rows);
+  for (int panel = 0; panel * panel_columns < job.count; ++panel)
+    for (int t = 0; t < cut.count; ++t) {
+      const int r = cut.begin(t), last = cut.begin(t + 1);
+      const int columns = seen(job, r, last).end - panel * panel_columns;
+      fetch.step();
+      if (columns <= 0) continue;
+      multiply_rows(last - r,
+                    {job.keys + panel * job.size * panel_columns, job.queries + r * job.size, job.size, job.size / 2,
+                     job.scores + r * attention_tile + panel * panel_columns, attention_tile, nullptr},
+                    columns);
+    }
+}
+
+// A row of a mask as numbers to add.
+class mask_row {
+ public:
+  const float* operator()(const attend_job& job, int r) {
+    if (job.mask == mask_type::none) return nullptr;
+    if (job.mask_rows[r] == from_) return values_;
+    from_ = job.mask_rows[r];
+    if (job.mask == mask_type::boolean) {
+      const auto* allowed = static_cast<const unsigned char*>(from_);
+      for (int j = 0; j < job.count; ++j) values_[j] = allowed[j] ? 0.0f : -__builtin_inff();
+      return values_;
+    }
+    const dtype type = job.mask == mask_type::f32 ? dtype::f32 : job.mask == mask_type::f16 ? dtype::f16 : dtype::bf16;
+    with_type(type, [&](auto t) {
+      for (int j = 0; j < attention_tile; j += vec::lanes) vec::store(values_ + j, load_part<t()>(from_, j, job.count));
+    });
+    return values_;
+  }
+
+ private:
+  const void* from_ = nullptr;
+  alignas(64) float values_[attention_tile] = {};
+};
+
+inline float largest(vec::f32 x) {
+  float lanes[vec::lanes];
+  vec::store(lanes, x);
+  for (int n = vec::lanes / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
+  return lanes[0];
+}
+
+struct alignas(64) places_of_tile {
+  float at[attention_tile] = {};
+  constexpr places_of_tile() {
+    for (int i = 0; i < attention_tile; ++i) at[i] = static_cast<float>(i);
+  }
+};
+inline constexpr places_of_tile places;
+
+// Turns products into scores, and returns the largest of them and `most`.
+float finish_scores(const attend_job& job, int r, const float* mask, float most) {
+  float* row = job.scores + r * attention_tile;
+  const int begin = job.begin[r], end = job.end[r] < job.count ? job.end[r] : job.count;
+  const bool whole = begin <= 0 && end == attention_tile;
+  const vec::f32 first = vec::set1(static_cast<float>(begin)), last = vec::set1(static_cast<float>(end - 1));
+  const vec::f32 none = vec::set1(-__builtin_inff()), scale = vec::set1(job.scale);
+  const vec::f32 cap = vec::set1(job.softcap), per_cap = vec::set1(job.softcap > 0 ? 1.0f / job.softcap : 0.0f);
+  vec::f32 top = vec::set1(most);
+  KT_UNROLLED (j, attention_tile / vec::lanes) {
+    vec::f32 s = vec::mul(vec::load(row + j * vec::lanes), scale);
+    if (job.softcap > 0) s = vec::mul(tanh(vec::mul(s, per_cap)), cap);
+    if (mask) {
+      const vec::f32 m = vec::load(mask + j * vec::lanes);
+      s = vec::select_negative(vec::sub(m, vec::set1(attention_lowest)), none, vec::add(s, m));
+    }
+    if (!whole) {
+      const vec::f32 place = vec::load(places.at + j * vec::lanes);
+      s = vec::select_negative(vec::sub(place, first), none, vec::select_negative(vec::sub(last, place), none, s));
+    }
+    vec::store(row + j * vec::lanes, s);
+    top = vec::max(s, top);  // the second operand where a score is NaN
+  }
+  return largest(top);
+}
+
+// e^(from - to) of each row.
+void factors(const float* from, const float* to, int rows, float* result) {
+  for (int r = 0; r < rows; r += vec::lanes) {
+    float a[vec::lanes] = {}, b[vec::lanes] = {};
+    const int n = rows - r < vec::lanes ? rows - r : vec::lanes;
+    for (int i = 0; i < n; ++i) a[i] = from[r + i], b[i] = to[r + i];
+    vec::store(a, exp(vec::sub(vec::load(a), vec::load(b))));
+    for (int i = 0; i < n; ++i) result[r + i] = a[i];
+  }
+}
+
+// Scores become weights; `factor`: by what all that is summed up shrinks.
+void weigh(const attend_job& job, float* factor) {
+  float most[attention_rows];
+  mask_row mask;
+  for (int r = 0; r < job.rows; ++r) most[r] = finish_scores(job, r, mask(job, r), job.state.max[r]);
+  factors(job.state.max, most, job.rows, factor);
+  constexpr int vectors = attention_sums / vec::lanes;
+  for (int r = 0; r < job.rows; ++r) {
+    float *row = job.scores + r * attention_tile, *sums = job.state.sums + r * attention_sums;
+    const vec::f32 m = vec::set1(most[r]), f = vec::set1(factor[r]);
+    job.state.max[r] = most[r];
+    KT_UNROLLED (v, vectors) {
+      vec::f32 sum = vec::mul(vec::load(sums + v * vec::lanes), f);
+      KT_UNROLLED (i, attention_tile / attention_sums) {
+        float* at = row + i * attention_sums + v * vec::lanes;
+        const vec::f32 p = exp(vec::sub(vec::load(at), m));
+        vec::store(at, p);
+        sum = vec::add(sum, p);
+      }
+      vec::store(sums + v * vec::lanes, sum);
+    }
+  }
+}
+
+void weighted_values(const attend_job& job, const float* factor, tile_fetch& fetch) {
+  const tiling<> cut(job.rows);
+  for (std::size_t column = 0; column < job.columns; column += panel_columns)
+    for (int t = 0; t < cut.count; ++t) {
+      const int r = cut.begin(t), last = cut.begin(t + 1);
+      const seen s(job, r, last);
+      fetch.step();
+      if (s.begin >= s.end) continue;
+      multiply_rows(
+          last - r,
+          {job.values + column * attention_tile + s.begin * panel_columns, job.scores + r * attention_tile + s.begin,
+           attention_tile, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
+           job.state.out + r * job.state.width + column, job.state.width, factor + r},
+          static_cast<int>(job.columns - column < panel_columns ? job.columns - column : panel_columns));
+    }
+}
+
+// The same without products by zero, which is NaN if the value is infinite or NaN.
+void weighted_values_one_by_one(const attend_job& job, const float* factor) {
+  for (int r = 0; r < job.rows; ++r) {
+    const float* p = job.scores + r * attention_tile;
+    for (std::size_t c = 0; c < job.columns; c += vec::lanes) {
+      float* out = job.state.out + r * job.state.width + c;
+      const float* v = job.values + c / panel_columns * attention_tile * panel_columns + c % panel_columns;
+      vec::f32 sum = vec::mul(vec::load(out), vec::set1(factor[r]));
+      for (int j = 0; j < attention_tile; ++j) {
+        const int at = j ^ 1;
+        if (p[at] != 0) sum = vec::fma(vec::set1(p[at]), vec::load(v + at * panel_columns), sum);
+      }
+      vec::store(out, sum);
+    }
+  }
+}
+
+void attend(const attend_job& job) {
+  float factor[attention_rows];
+  const int panels = 2 + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
+  tile_fetch fetch(job, panels * tiling<>(job.rows).count);
+  scores(job, fetch);
+  weigh(job, factor);
+  if (job.finite)
+    weighted_values(job, factor, fetch);
+  else
+    weighted_values_one_by_one(job, factor);
+}
+
+void merge_attention(const merge_job& job) {
+  float most[attention_rows], a[attention_rows], b[attention_rows];
+  for (int r = 0; r < job.rows; ++r) most[r] = job.from.max[r] > job.into.max[r] ? job.from.max[r] : job.into.max[r];
+  factors(job.into.max, most, job.rows, a);
+  factors(job.from.max, most, job.rows, b);
+  for (int r = 0; r < job.rows; ++r) {
+    const vec::f32 x = vec::set1(a[r]), y = vec::set1(b[r]);
+    const auto merge = [&](float* into, const float* from, std::size_t size) {
+      for (std::size_t i = 0; i < size; i += vec::lanes)
+        vec::store(into + i, vec::fma(vec::load(from + i), y, vec::mul(vec::load(into + i), x)));
+    };
+    merge(job.into.sums + r * attention_sums, job.from.sums + r * attention_sums, attention_sums);
+    merge(job.into.out + r * job.into.width, job.from.out + r * job.from.width, job.into.width);
+    job.into.max[r] = most[r];
+  }
+}
+
+// What a row's values are multiplied by at the end.
+inline float share(float max, const float* sums, const float* sink) {
+  float sum[attention_sums];
+  __builtin_memcpy(sum, sums, sizeof sum);
+  for (int n = attention_sums / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
+  float shrink = 1.0f, total = sum[0];
+  if (sink) {
+    const float most = *sink > max ? *sink : max;
+    float both[2];
+    const float* of[] = {&max, sink};
+    for (int i = 0; i < 2; ++i) factors(of[i], &most, 1, both + i);
+    shrink = both[0];
+    total = total * shrink + both[1];
+  }
+  return total == 0 ? 0.0f : shrink / total;
+}
+
+void finish_attention(const finish_job& job) {
+  for (int r = 0; r < job.rows; ++r) {
+    const float* from = job.state.out + r * job.state.width;
+    const vec::f32 x =
+        vec::set1(share(job.state.max[r], job.state.sums + r * attention_sums, job.sinks ? job.sinks + r : nullptr));
+    char* to = static_cast<char*>(job.out[r]);
+    const std::size_t size = size_of(job.type);
+    for (std::size_t c = 0; c < job.columns; c += vec::lanes) {
+      const vec::f32 y = vec::fma(vec::load(from + c), x, vec::zero());  // -0 becomes 0
+      alignas(64) char rest[vec::lanes * 4];
+      char* at = c + vec::lanes <= job.columns ? to + c * size : rest;
+      if (job.type == dtype::f32)
+        vec::store(reinterpret_cast<float*>(at), y);
+      else if (job.type == dtype::f16)
+        vec::store_f16(at, y);
+      else
+        vec::store_bf16(at, y);
+      if (at == rest) __builtin_memcpy(to + c * size, rest, (job.columns - c) * size);
+    }
+  }
+}
+
+constexpr attention_kernels attention = {unpack_rows, pack_keys,       pack_values,
+                                         attend,      merge_attention, finish_attention};

@@ -1,0 +1,259 @@
+// Attention against its definition in double, and bit for bit over instruction sets, threads and storage in blocks.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+
+#include "check.h"
+#include "weights.h"
+
+#define KT_UNROLLED(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
+
+namespace lanes8 {
+struct vec {
+  static constexpr int lanes = 8;
+};
+#include "../kernels/transpose.inl"
+}  // namespace lanes8
+
+namespace lanes16 {
+struct vec {
+  static constexpr int lanes = 16;
+};
+#include "../kernels/transpose.inl"
+}  // namespace lanes16
+
+namespace {
+
+using kt::dtype;
+
+struct attention_case {
+  int sequences = 2, heads = 4, kv_heads = 2;
+  std::int64_t queries = 5, positions = 70;
+  std::size_t key_size = 16, value_size = 16;
+  dtype type = dtype::f32;
+  bool causal = true, sinks = false;
+  std::int64_t window = 0;
+  float softcap = 0;
+};
+
+std::string describe(const attention_case& c) {
+  std::string s = "attention of " + std::to_string(c.sequences) + " sequences, heads " + std::to_string(c.heads) + "/" +
+                  std::to_string(c.kv_heads) + ", queries " + std::to_string(c.queries) + "/" +
+                  std::to_string(c.positions) + ", sizes " + std::to_string(c.key_size) + "/" +
+                  std::to_string(c.value_size) + ", " + name_of(c.type);
+  if (c.window) s += ", window " + std::to_string(c.window);
+  if (c.softcap > 0) s += ", softcap";
+  return s + (c.causal ? ", causal" : "") + (c.sinks ? ", sinks" : "");
+}
+
+// Queries, keys and values as [sequence][head][position][size + gap], NaN in the gaps.
+constexpr std::size_t gap = 3;
+
+class attention_call {
+  std::mt19937 random_;
+
+  elements fill(int heads, std::int64_t positions, std::size_t size) {
+    std::uniform_real_distribution<double> uniform(-1.7, 1.7);
+    elements e(c.type, c.sequences * heads * positions * (size + gap));
+    for (std::size_t i = 0; i < e.size(); ++i) e.set(i, i % (size + gap) < size ? uniform(random_) : NAN);
+    return e;
+  }
+
+ public:
+  attention_case c;
+  elements query, key, value;
+  std::vector<float> sinks;
+
+  attention_call(const attention_case& k, unsigned seed)
+      : random_(seed),
+        c(k),
+        query(fill(c.heads, c.queries, c.key_size)),
+        key(fill(c.kv_heads, c.positions, c.key_size)),
+        value(fill(c.kv_heads, c.positions, c.value_size)),
+        sinks(c.heads, 1.5f) {}
+
+  static kt::attention_strides strides(int heads, std::int64_t positions, std::size_t size) {
+    const auto row = static_cast<std::ptrdiff_t>(size + gap);
+    return {heads * positions * row, positions * row, row};
+  }
+
+  kt::attention_arguments arguments(elements& out) {
+    kt::attention_arguments a;
+    a.sequences = c.sequences;
+    a.query_heads = c.heads;
+    a.kv_heads = c.kv_heads;
+    a.key_size = c.key_size;
+    a.value_size = c.value_size;
+    a.type = a.kv_type = c.type;
+    a.query = {query.bytes.data(), strides(c.heads, c.queries, c.key_size)};
+    a.key = {key.bytes.data(), strides(c.kv_heads, c.positions, c.key_size)};
+    a.value = {value.bytes.data(), strides(c.kv_heads, c.positions, c.value_size)};
+    a.out = out.bytes.data();
+    a.out_strides = strides(c.heads, c.queries, c.value_size);
+    a.queries = c.queries;
+    a.positions = c.positions;
+    a.causal = c.causal;
+    a.window = c.window;
+    a.sinks = c.sinks ? sinks.data() : nullptr;
+    a.scale = 0.3f;
+    a.softcap = c.softcap;
+    return a;
+  }
+
+  elements empty() const {
+    elements out(c.type, c.sequences * c.heads * c.queries * (c.value_size + gap));
+    for (std::size_t i = 0; i < out.size(); ++i) out.set(i, NAN);
+    return out;
+  }
+
+  elements run(int n, const kt::isa& isa) {
+    elements out = empty();
+    threads(n).attention(*isa.kernels, arguments(out));
+    return out;
+  }
+
+  // Positions in blocks of `size`, the last block first, NaN where there is no position.
+  elements run_in_blocks(int n, const kt::isa& isa, std::int64_t size) {
+    const std::int64_t width = (c.positions + size - 1) / size, blocks = c.sequences * width;
+    std::vector<std::int32_t> table(blocks);
+    for (std::int64_t i = 0; i < blocks; ++i) table[i] = static_cast<std::int32_t>(blocks - 1 - i);
+    const auto place = [&](const elements& from, std::size_t columns) {
+      elements to(c.type, blocks * size * c.kv_heads * columns);
+      for (std::size_t i = 0; i < to.size(); ++i) to.set(i, NAN);
+      const std::size_t element = size_of(c.type);
+      for (int s = 0; s < c.sequences; ++s)
+        for (int h = 0; h < c.kv_heads; ++h)
+          for (std::int64_t p = 0; p < c.positions; ++p) {
+            const std::size_t block = table[s * width + p / size];
+            const std::size_t source = ((s * c.kv_heads + h) * c.positions + p) * (columns + gap);
+            std::memcpy(to.bytes.data() + ((block * size + p % size) * c.kv_heads + h) * columns * element,
+                        from.bytes.data() + source * element, columns * element);
+          }
+      return to;
+    };
+    const elements keys = place(key, c.key_size), values = place(value, c.value_size);
+    const auto block_strides = [&](std::size_t columns) {
+      const auto one = static_cast<std::ptrdiff_t>(columns);
+      return kt::attention_strides{size * c.kv_heads * one, one, c.kv_heads * one};
+    };
+    elements out = empty();
+    kt::attention_arguments a = arguments(out);
+    a.key = {keys.bytes.data(), block_strides(c.key_size)};
+    a.value = {values.bytes.data(), block_strides(c.value_size)};
+    a.block_table = table.data();
+    a.table_stride = width;
+    a.block_size = size;
+    threads(n).attention(*isa.kernels, a);
+    return out;
+  }
+
+  double expected(int s, int h, std::int64_t q, std::size_t column) const {
+    const int kv = h / (c.heads / c.kv_heads);
+    const std::int64_t place = c.positions - c.queries + q, end = c.causal ? place + 1 : c.positions;
+    double total = 0, sum = 0;
+    const auto add = [&](double score, double x) { total += std::exp(score), sum += std::exp(score) * x; };
+    for (std::int64_t p = c.window ? std::max<std::int64_t>(0, end - c.window) : 0; p < end; ++p) {
+      double score = 0;
+      for (std::size_t i = 0; i < c.key_size; ++i)
+        score += query.get(((s * c.heads + h) * c.queries + q) * (c.key_size + gap) + i) *
+                 key.get(((s * c.kv_heads + kv) * c.positions + p) * (c.key_size + gap) + i);
+      score *= 0.3f;
+      if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
+      add(score, value.get(((s * c.kv_heads + kv) * c.positions + p) * (c.value_size + gap) + column));
+    }
+    if (c.sinks) add(sinks[h], 0);
+    return sum / total;
+  }
+};
+
+void compare(const attention_call& call, const elements& got, const std::string& label) {
+  const attention_case& c = call.c;
+  double worst = 0;
+  bool gaps_kept = true;
+  std::size_t i = 0;
+  for (int s = 0; s < c.sequences; ++s)
+    for (int h = 0; h < c.heads; ++h)
+      for (std::int64_t q = 0; q < c.queries; ++q) {
+        for (std::size_t column = 0; column < c.value_size; ++column, ++i) {
+          const double wanted = call.expected(s, h, q, column);
+          const double error = std::fabs(got.get(i) - wanted) - std::fabs(wanted) * floats::unit(c.type);
+          worst = error <= worst ? worst : error;  // NaN stays
+        }
+        for (std::size_t k = 0; k < gap; ++k, ++i) gaps_kept &= std::isnan(got.get(i));
+      }
+  check(worst < 3e-6, label + ": off by " + std::to_string(worst));
+  check(gaps_kept, label + ": gaps between rows of the result");
+}
+
+std::vector<attention_case> attention_cases() {
+  std::vector<attention_case> cases;
+  for (dtype type : dtypes) {
+    attention_case c;
+    c.type = type;
+    cases.push_back(c);
+    c.key_size = 9, c.value_size = 37, c.window = 20, c.sinks = true;
+    cases.push_back(c);
+    c.positions = 300, c.queries = 1, c.softcap = 4, c.window = 0;
+    cases.push_back(c);
+    c.positions = c.queries = 67, c.heads = 3, c.kv_heads = 1, c.softcap = 0;
+    cases.push_back(c);
+    c.causal = false, c.positions = 129, c.heads = 1;
+    cases.push_back(c);
+  }
+  return cases;
+}
+
+void test_attention() {
+  unsigned n = 20'000;
+  for (const attention_case& c : attention_cases()) {
+    attention_call call(c, ++n);
+    const elements wanted = call.run(1, *isas.front());
+    compare(call, wanted, describe(c));
+    for (const kt::isa* i : isas) {
+      const std::string label = describe(c) + " [" + i->name + "]";
+      check(call.run(1, *i).bytes == wanted.bytes, label);
+      check(call.run(3, *i).bytes == wanted.bytes, label + " on 3 threads");
+      for (std::int64_t size : {16, 48})
+        check(call.run_in_blocks(2, *i, size).bytes == wanted.bytes, label + " in blocks of " + std::to_string(size));
+    }
+  }
+}
+
+template <int lanes, class F>
+bool transposes(F transpose) {
+  float numbers[lanes][lanes];
+  for (int i = 0; i < lanes * lanes; ++i) numbers[i / lanes][i % lanes] = static_cast<float>(i);
+  transpose(numbers);
+  bool right = true;
+  for (int i = 0; i < lanes * lanes; ++i) right &= numbers[i % lanes][i / lanes] == static_cast<float>(i);
+  return right;
+}
+
+// The shuffles of the widest vectors too, which not every CPU has.
+void test_transposition() {
+  const auto with = [](auto& numbers, auto rows, auto transpose) {
+    std::memcpy(&rows, numbers, sizeof rows);
+    transpose(rows);
+    std::memcpy(numbers, &rows, sizeof rows);
+  };
+  typedef float row8 __attribute__((vector_size(32)));
+  typedef float row16 __attribute__((vector_size(64)));
+  struct rows8 {
+    row8 at[8];
+  };
+  struct rows16 {
+    row16 at[16];
+  };
+  check(transposes<8>([&](auto& x) { with(x, rows8{}, [](rows8& r) { lanes8::transpose(r.at); }); }), "eight lanes");
+  check(transposes<16>([&](auto& x) { with(x, rows16{}, [](rows16& r) { lanes16::transpose(r.at); }); }),
+        "sixteen lanes");
+}
+
+}  // namespace
+
+const std::vector<test> attention_tests = {
+    {"attention", test_attention},
+    {"transposition", test_transposition},
+};
