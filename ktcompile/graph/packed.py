@@ -1,4 +1,4 @@
-"""The record by which a pass asks the executable for packed weights."""
+"""The records by which the executable knows packed weights."""
 
 from __future__ import annotations
 
@@ -16,4 +16,12 @@ class PackedInput:
 
     positions: tuple[int | None, ...]
     spec: ExpertsSpec
+    top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class GivenInput:
+    """Weights that a model holds packed. position: of their handle among the graph's original inputs."""
+
+    position: int
     top_k: int
