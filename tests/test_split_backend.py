@@ -98,6 +98,27 @@ def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
     assert len(ktcompile.compile_reports()) == compiled
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_streamed_and_decode_is_not(family, packed):
+    model, kwargs = build(case_of(family))
+    assert kwargs["input_ids"].shape[1] >= 8
+    options = {**STAND_IN, "device_expert_fraction": 0.5, "stream_from": 0}
+    alone = torch.compile(model, backend="kt", options={**options, "device_expert_fraction": 0.0}, dynamic=True)
+    wanted = tokens(alone, kwargs)
+    torch._dynamo.reset()
+    packed.clear()
+    both = torch.compile(model, backend="kt", options={**options, "stream_from": 4}, dynamic=True)
+    assert relative_error(tokens(both, kwargs), wanted) < 2e-6
+    for layer in split_layers(packed):
+        found = layer.activity
+        assert 0 < len(layer.resident) < layer.experts.num_experts
+        assert (found.calls, found.streamed_calls) == (4, 1)
+        assert found.streamed_rows and found.bytes_streamed
+        size = kwargs["input_ids"].numel()
+        assert found.rows == sum(layer.chosen_E) and found.rows % (size + 3 * len(kwargs["input_ids"])) == 0
+
+
 def place(layers: list[SplitExperts], count: int) -> None:
     """Leave the last `count` experts on the device, and no other."""
     for layer in layers:
