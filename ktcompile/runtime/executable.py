@@ -79,7 +79,7 @@ def build(
         weights = _weights(example_inputs, p)
         layers.append(_take(store, owners, weights, p) if take else store.get(weights, p.spec))
     if placer is not None:
-        placer.place(layers, [p.top_k for p in inputs])
+        placer.keep(layers, [p.top_k for p in inputs])
     replaced = {i for p in packed for i in p.positions if i is not None}
     kept = []
     for i, node in enumerate(placeholders[: len(example_inputs)]):

@@ -30,6 +30,7 @@ def placer_for(options: DeviceOptions) -> Placer | None:
         keep_cpu_copy=options.keep_cpu_copy,
         stream_from=options.stream_from,
         config=config,
+        key=tuple(options.device_options().items()),
     )
 
 

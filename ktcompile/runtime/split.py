@@ -65,6 +65,7 @@ class SplitExperts:
         self._state: State | None = None
         self._counts = Counts.none(experts.num_experts)
         self.adaptive: AdaptivePlacement | None = None  # of the first layer of a model whose experts follow its routers
+        self.placed_by: object = None  # the key of the placer that chose what is where
         self.activity = Activity()
         self.chosen_E = np.zeros(experts.num_experts, dtype=np.int64)  # tokens of each expert since it was split
 
