@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ import pytest
 import torch
 from helpers.layers import EXPERTS, random_inputs, random_layer
 from helpers.text_model import build_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ktcompile.engine.generate import generate
 from ktcompile.models import hf_experts
 from ktcompile.models.placed import attach
 from ktcompile.ops import moe
-from ktcompile.ops.observer import Observers, observing
+from ktcompile.ops.observer import Observers, observe, observing
 from ktcompile.plan.files import check_writable
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.trace import Trace
@@ -280,3 +282,77 @@ def test_a_file_that_can_be_written_stays_as_it_is(tmp_path):
     check_writable(path)
     check_writable(tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_text() == "before"
+
+
+class Recordings(RuleBasedStateMachine):
+    """Recordings one after the other into the same files, steps that end and that do not, disks that are full."""
+
+    @initialize(layers=st.integers(1, 3))
+    def begin(self, layers):
+        self.folder = tempfile.TemporaryDirectory()
+        self.trace, self.profile = (Path(self.folder.name) / name for name in ("trace.npz", "profile.npz"))
+        self.layers = [random_layer(sizes=(EXPERTS, 8, 8)).pack() for _ in range(layers)]
+        self.counted = self.saved = RoutingProfile(layers, EXPERTS, HALF_LIFE)
+        self.written: list[np.ndarray] = []
+        self.reopen()
+
+    @rule()
+    def reopen(self):
+        """What was not saved is gone."""
+        self.recording, self.steps = Recording(self.trace, self.profile), []
+        self.counted = self.saved.copy(HALF_LIFE)
+
+    @rule(ids=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=20))
+    def step(self, ids):
+        rows = np.bincount(ids, minlength=EXPERTS)
+        self.call(ids, len(self.layers))
+        self.steps.append(rows)
+        rows_LE = np.stack([rows] * len(self.layers))
+        phase = Phase.PREFILL if len(ids) > 16 else Phase.DECODE
+        self.counted.record_counts(rows_LE, np.minimum(rows_LE, 1), len(ids), 1, phase)
+
+    @precondition(lambda self: self.steps and len(self.layers) > 1)
+    @rule(ids=st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=20))
+    def broken_step(self, ids):
+        self.call(ids, len(self.layers) - 1)
+
+    def call(self, ids, layers):
+        with self.recording.running():
+            for layer in self.layers[:layers]:
+                observe(layer, torch.tensor(ids)[:, None])
+
+    @rule()
+    def save(self):
+        assert self.recording.save() == ([self.trace, self.profile] if self.steps else [])
+        if self.steps:
+            self.written, self.saved = list(self.steps), self.counted.copy(HALF_LIFE)
+
+    @precondition(lambda self: self.steps)
+    @rule()
+    def save_on_a_full_disk(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", self.full)
+            with pytest.raises(ValueError, match="No space left"):
+                self.recording.save()
+
+    @staticmethod
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @invariant()
+    def files_are_those_of_the_last_save(self):
+        names = [path.name for path in (self.profile, self.trace) if self.written]
+        assert sorted(p.name for p in Path(self.folder.name).iterdir()) == names
+        if self.written:
+            trace, profile = Trace.load(self.trace), RoutingProfile.load(self.profile)
+            assert (trace.counts(0, trace.num_steps) == np.stack(self.written)[:, None]).all()
+            for phase in Phase:
+                assert profile.rows(phase) == pytest.approx(self.saved.rows(phase), rel=1e-9)
+                assert profile.steps(phase) == pytest.approx(self.saved.steps(phase), rel=1e-9)
+
+    def teardown(self):
+        self.folder.cleanup()
+
+
+TestRecordings = Recordings.TestCase
+TestRecordings.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)

@@ -86,7 +86,7 @@ def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
     """One compilation serves every placement, and prompts whose experts are sent to the device; with no expert on the
     device it is the CPU's model."""
     model, kwargs = build(case_of(family))
-    options = {**STAND_IN, "device_expert_fraction": 0.5, "stream_from": 8}
+    options = {**STAND_IN, "device_expert_fraction": 0.5, "stream_from": 4}
     both = torch.compile(model, backend="kt", options=options, dynamic=True)
     logits(both, kwargs)
     layers = split_layers(packed)
