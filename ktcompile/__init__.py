@@ -4,15 +4,57 @@
 and the attention implementation "kt" with transformers.
 """
 
+from __future__ import annotations
+
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from ktcompile import ops
 from ktcompile.graph.report import CompileReport, compile_reports
 from ktcompile.models import hf_attention, hf_experts
 from ktcompile.ops import get_num_threads, set_num_threads
 
+if TYPE_CHECKING:
+    from ktcompile.engine.llm import LLM
+    from ktcompile.engine.outputs import CompletionOutput, RequestOutput, SamplingParams
+    from ktcompile.models.load import load
+    from ktcompile.models.placed import expert_metrics
+
 __version__ = version("ktcompile")
-__all__ = ["CompileReport", "compile_reports", "get_num_threads", "ops", "set_num_threads"]
+__all__ = [
+    "LLM",
+    "CompileReport",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "compile_reports",
+    "expert_metrics",
+    "get_num_threads",
+    "load",
+    "ops",
+    "set_num_threads",
+]
+
+# Imported when they are first asked for, since most programs that compile a model need none of them.
+_LAZY = {
+    "LLM": "ktcompile.engine.llm",
+    "CompletionOutput": "ktcompile.engine.outputs",
+    "RequestOutput": "ktcompile.engine.outputs",
+    "SamplingParams": "ktcompile.engine.outputs",
+    "expert_metrics": "ktcompile.models.placed",
+    "load": "ktcompile.models.load",
+}
 
 hf_experts.register()
 hf_attention.register()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ktcompile' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

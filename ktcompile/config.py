@@ -6,27 +6,30 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktcompile import env
 from ktcompile.machine import check_isa, machine
 from ktcompile.quant import check_format
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 WEIGHTS = ("copy", "take")
 INNER = ("inductor", "eager")
 DEVICES = ("none", "stand-in")
 PLACEMENTS = ("adaptive", "uniform", "front", "random", "frequency", "counts")
+NEED_PROFILE = ("frequency", "counts")
+_PATHS = ("dump_graphs", "routing_profile")
+
+# Names and values: a record that hashes holds no dictionary.
+Replan = tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CompileOptions:
-    """Options of `torch.compile(model, backend="kt", options={...})`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions:
+    """Which experts a device has, and how they move.
 
-    weight_format: "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
-    weights: "copy" leaves the model as it is; "take" frees the source storage of what is packed,
-    after which only the compiled model can be called.
-    inner: who runs the rest of the graph, "inductor" or "eager".
-    isa: instruction set of the kernels; None: the best of this machine.
     device: "none", or "stand-in", a device without a GPU that imitates one with its own memory, for trials and tests.
     device_expert_fraction: of each layer's experts, how many the device holds. device_memory: its bytes; None: as
     many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
@@ -34,6 +37,62 @@ class CompileOptions:
     "random", and, by a recorded profile, "frequency" and "counts". routing_profile: its file.
     stream_from: calls of so many tokens copy the CPU's experts through the device; None: from where that is faster;
     0: none does.
+    replan: when "adaptive" plans anew and what a move must earn: fields of `ktcompile.plan.replan.ReplanConfig`.
+    """
+
+    device: str = "none"
+    device_expert_fraction: float = 0.5
+    device_memory: int | None = None
+    keep_cpu_copy: bool = False
+    placement: str = "adaptive"
+    routing_profile: Path | None = None
+    stream_from: int | None = None
+    replan: Replan = ()
+
+    def __post_init__(self) -> None:
+        _one_of("device", self.device, DEVICES)
+        _one_of("placement", self.placement, PLACEMENTS)
+        if self.placement in NEED_PROFILE and self.routing_profile is None:
+            raise ValueError(f"placement is {self.placement!r}, which needs a routing_profile")
+        if not 0 <= self.device_expert_fraction <= 1:
+            raise ValueError(f"device_expert_fraction is {self.device_expert_fraction}; it must be from 0 to 1")
+        if self.device_memory is not None and self.device_memory < 0:
+            raise ValueError(f"device_memory is {self.device_memory}; it must be 0 bytes or more")
+        if self.stream_from is not None and self.stream_from < 0:
+            raise ValueError(f"stream_from is {self.stream_from}; it must be 0 tokens or more")
+
+    @classmethod
+    def of_keywords(cls, options: Mapping[str, Any], owner: str) -> Self:
+        """Return the record of options by name. owner: whose they are, for messages. ValueError: one is unknown, or
+        its value cannot be used."""
+        given = dict(options)
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"option {name!r} of {owner} is unknown{hint} Known: {', '.join(known)}")
+        for name in _PATHS:
+            if isinstance(given.get(name), str):
+                given[name] = Path(given[name])
+        if isinstance(given.get("replan"), Mapping):
+            given["replan"] = tuple(given["replan"].items())
+        return cls(**given)
+
+    def device_options(self) -> dict[str, Any]:
+        """Return the options of the device by name."""
+        return {f.name: getattr(self, f.name) for f in fields(DeviceOptions)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions(DeviceOptions):
+    """Options of `torch.compile(model, backend="kt", options={...})`: those of the device, and these.
+
+    weight_format: "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
+    weights: "copy" leaves the model as it is; "take" frees the source storage of what is packed,
+    after which only the compiled model can be called.
+    inner: who runs the rest of the graph, "inductor" or "eager".
+    isa: instruction set of the kernels; None: the best of this machine.
     disable_passes: names of passes to leave out.
     dump_graphs: directory for the graph before and after each pass; None: none are written.
     """
@@ -42,53 +101,26 @@ class CompileOptions:
     weights: str = "copy"
     inner: str = "inductor"
     isa: str | None = None
-    device: str = "none"
-    device_expert_fraction: float = 0.5
-    device_memory: int | None = None
-    keep_cpu_copy: bool = False
-    placement: str = "adaptive"
-    routing_profile: Path | None = None
-    stream_from: int | None = None
     disable_passes: tuple[str, ...] = ()
     dump_graphs: Path | None = None
 
     def __post_init__(self) -> None:
+        DeviceOptions.__post_init__(self)
         check_format(self.weight_format)
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("inner", self.inner, INNER)
         if self.isa is not None:
             check_isa(self.isa, machine().isas)
-        _one_of("device", self.device, DEVICES)
-        _one_of("placement", self.placement, PLACEMENTS)
-        if self.placement in ("frequency", "counts") and self.routing_profile is None:
-            raise ValueError(f"placement is {self.placement!r}, which needs a routing_profile")
-        if not 0 <= self.device_expert_fraction <= 1:
-            raise ValueError(f"device_expert_fraction is {self.device_expert_fraction}; it must be from 0 to 1")
-        if self.device_memory is not None and self.device_memory < 0:
-            raise ValueError(f"device_memory is {self.device_memory}; it must be 0 bytes or more")
-
-        if self.stream_from is not None and self.stream_from < 0:
-            raise ValueError(f"stream_from is {self.stream_from}; it must be 0 tokens or more")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any] | None) -> CompileOptions:
         """Return the options of a `torch.compile` call; what they leave out comes from the environment."""
-        given = dict(options or {})
-        known = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"option {name!r} of backend 'kt' is unknown{hint} Known: {', '.join(known)}")
-        given.setdefault("dump_graphs", env.read().dump_graphs)
-        for name in ("dump_graphs", "routing_profile"):
-            if isinstance(given.get(name), str):
-                given[name] = Path(given[name])
+        given = {"dump_graphs": env.read().dump_graphs, **(options or {})}
         disabled = given.get("disable_passes", ())
         if isinstance(disabled, str):
             raise ValueError(f"disable_passes is {disabled!r}; it must be a list of names")
         given["disable_passes"] = tuple(disabled)
-        return cls(**given)
+        return cls.of_keywords(given, "backend 'kt'")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ktcompile.config import CompileOptions
+from ktcompile.config import CompileOptions, DeviceOptions
 from ktcompile.machine import machine
 from ktcompile.quant import ALIASES, FORMATS
 
@@ -36,13 +36,16 @@ def test_every_option_can_be_given():
         "placement": "frequency",
         "routing_profile": "profile.json",
         "stream_from": 512,
+        "replan": {"interval": 128, "margin": 0.5},
         "disable_passes": ["fuse_moe"],
         "dump_graphs": "graphs",
     }
     assert set(options) == {f.name for f in dataclasses.fields(CompileOptions)}
     made = CompileOptions.from_mapping(options)
     paths = {"dump_graphs": Path("graphs"), "routing_profile": Path("profile.json")}
-    assert dataclasses.asdict(made) == options | paths | {"disable_passes": ("fuse_moe",)}
+    records = {"disable_passes": ("fuse_moe",), "replan": (("interval", 128), ("margin", 0.5))}
+    assert dataclasses.asdict(made) == options | paths | records
+    assert DeviceOptions(**made.device_options()) == DeviceOptions.of_keywords(made.device_options(), "this")
 
 
 def test_options_are_frozen():

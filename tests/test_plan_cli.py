@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 from helpers.text_model import save_model
@@ -10,6 +11,7 @@ from helpers.text_model import save_model
 from ktcompile import cli
 from ktcompile.bench import this_machine
 from ktcompile.bench.this_machine import memory_bytes
+from ktcompile.cli import plan as command
 from ktcompile.cli.sizes import human, size
 from ktcompile.machine import machine
 from ktcompile.plan.hardware import PRESETS, Hardware
@@ -105,6 +107,34 @@ def test_a_large_model_split_between_gpu_and_cpu(config, capsys):
     out = capsys.readouterr().out
     assert "note: sizes are those of the configuration alone" in out and "of experts on the device" in out
     assert all(len(line) <= 80 for line in out.splitlines() if "─" in line)
+
+
+@pytest.mark.parametrize("devices", [("none", "stand-in"), ("none", "stand-in", "cuda")])
+def test_the_command_is_one_that_works(devices, folder, monkeypatch, capsys):
+    """Where this version knows GPUs, it names one; where it does not, it says that the command runs on the CPU."""
+    monkeypatch.setattr(command, "DEVICES", devices)
+    arguments = ["--hardware", "4090-ddr5", "--device-expert-fraction", "0.7"]
+    status, found = as_json(capsys, folder, *arguments)
+    assert status == 0 and found["device_expert_fraction"] == 0.6
+    words = shlex.split(found["command"])
+    parsed = cli._parser().parse_args([w.replace("cuda", "stand-in") for w in words[1:]])
+    assert (parsed.command, parsed.model) == ("generate", str(folder))
+    noted = any("'ktc generate' of this version knows no GPU" in note for note in found["notes"])
+    if "cuda" in devices:
+        assert words[4:8] == ["--device", "cuda", "--device-expert-fraction", "0.60"] and not noted
+    else:
+        assert "--device" not in words and noted
+
+
+def test_no_command_is_printed_where_the_cpu_alone_has_no_room(folder, monkeypatch, capsys):
+    monkeypatch.setattr(command, "DEVICES", ("none", "stand-in"))
+    arguments = [folder, "--hardware", "4090-ddr5", "--context", "100000", "--batch", "64"]
+    split, alone = (as_json(capsys, *arguments, *more)[1] for more in ((), ("--gpu-memory", "0")))
+    ram = split["memory"]["ram"]
+    enough = max(ram["used"], split["load_peak_bytes"] + ram["reserve"])
+    assert split["memory"]["device"] and split["command"] and enough < alone["memory"]["ram"]["used"]
+    status, found = as_json(capsys, *arguments, "--ram", enough)
+    assert (status, found["command"]) == (0, None)
 
 
 def test_what_does_not_fit_has_status_1_and_advice(config, capsys):

@@ -19,6 +19,7 @@ from ktcompile.config import CompileOptions
 from ktcompile.graph import report
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.experts import PackedExperts
+from ktcompile.runtime.activity import Activity
 from ktcompile.runtime.adaptive import AdaptivePlacement
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitExperts
@@ -82,19 +83,32 @@ def tokens(model: Any, kwargs: dict[str, Any], count: int = 3) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
-    """One compilation serves every placement; with no expert on the device it is the CPU's model."""
+    """One compilation serves every placement, and prompts whose experts are sent to the device; with no expert on the
+    device it is the CPU's model."""
     model, kwargs = build(case_of(family))
-    options = {**STAND_IN, "device_expert_fraction": 1.0}
+    options = {**STAND_IN, "device_expert_fraction": 0.5, "stream_from": 4}
     both = torch.compile(model, backend="kt", options=options, dynamic=True)
     logits(both, kwargs)
     layers = split_layers(packed)
     count = layers[0].experts.num_experts
+    assert all(layer.streaming is not None and layer.activity.streamed_calls == 1 for layer in layers)
+    streaming = [layer.streaming for layer in layers]
+    for layer in layers:
+        layer.streaming = None
     place(layers, 0)
     wanted = tokens(both, kwargs)
     compiled = len(ktcompile.compile_reports())
     for resident in (1, count // 2, count - 1, count):
         place(layers, resident)
         assert relative_error(tokens(both, kwargs), wanted) < 2e-6, f"{resident} of {count}"
+    place(layers, count // 2)
+    for layer, how in zip(layers, streaming, strict=True):
+        layer.streaming, layer.activity = how, Activity()
+    assert relative_error(tokens(both, kwargs), wanted) < 2e-6, "streamed"
+    # The prompt, and no step of decode.
+    assert [(layer.activity.calls, layer.activity.streamed_calls) for layer in layers] == [(4, 1)] * len(layers)
+    assert all(layer.activity.streamed_rows for layer in layers)
+    assert len(packed) == len(layers)  # the graphs that were compiled later left experts where they were
     assert len(ktcompile.compile_reports()) == compiled
 
 

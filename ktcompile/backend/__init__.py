@@ -11,9 +11,8 @@ from ktcompile.config import CompileOptions
 from ktcompile.graph import report
 from ktcompile.graph.pipeline import run_passes
 from ktcompile.passes import passes_for
-from ktcompile.plan.profile import RoutingProfile
-from ktcompile.runtime.devices import Placer, device_for
 from ktcompile.runtime.executable import InnerCompiler, build
+from ktcompile.runtime.placing import placer_for
 
 
 def kt(
@@ -29,26 +28,12 @@ def kt(
     ValueError: an option is unknown or cannot be used on this machine.
     """
     settings = CompileOptions.from_mapping(options)
+    placer = placer_for(settings)
     result = report.CompileReport(inner=settings.inner)
     gm = run_passes(_copy(gm), example_inputs, passes_for(settings), result, settings.dump_graphs)
-    compiled = build(gm, example_inputs, settings.weights == "take", _inner(settings.inner, mode), _placer(settings))
+    compiled = build(gm, example_inputs, settings.weights == "take", _inner(settings.inner, mode), placer)
     report.record(result)
     return compiled
-
-
-def _placer(settings: CompileOptions) -> Placer | None:
-    if settings.device == "none":
-        return None
-    device = device_for(settings.device, settings.device_memory)
-    profile = RoutingProfile.load(settings.routing_profile) if settings.routing_profile else None
-    return Placer(
-        device,
-        settings.device_expert_fraction,
-        settings.placement,
-        profile,
-        keep_cpu_copy=settings.keep_cpu_copy,
-        stream_from=settings.stream_from,
-    )
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

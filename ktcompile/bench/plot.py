@@ -27,10 +27,10 @@ _LABEL_OFFSETS = tuple(
 )
 
 
-def check() -> None:
-    """Raise ValueError if charts cannot be drawn."""
+def check(option: str = "--plot") -> None:
+    """Raise ValueError if charts cannot be drawn. option: what asked for one."""
     if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("--plot needs matplotlib: pip install 'ktcompile[plot]'")
+        raise ValueError(f"{option} needs matplotlib: pip install 'ktcompile[plot]'")
 
 
 def draw_fractions(report: KernelsReport, path: Path) -> None:

@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktcompile.plan.files import check_writable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -85,7 +87,9 @@ def run_kernels(args: argparse.Namespace) -> int:
         for name, shape in PRESETS.items():
             print(f"{name:20} {shape}")
         return 0
-    _check_writable(args.out, args.plot)
+    for path in (args.out, args.plot):
+        if path:
+            check_writable(path)
     if args.plot:
         from ktcompile.bench import plot
 
@@ -210,13 +214,6 @@ def _machine(threads: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _LIBRARIES}},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _check_writable(*paths: Path | None) -> None:
-    """Raise ValueError now if a file cannot be written in the end."""
-    for path in paths:
-        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{path} cannot be written; is there a directory {path.absolute().parent}?")
 
 
 def _write(report: KernelsReport, out: Path | None) -> None:

@@ -8,19 +8,26 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktcompile.cli.device_args import add_device_arguments, device_options
+from ktcompile.cli.experts_reports import ExpertsReports
+from ktcompile.cli.outcome import Outcome, record, speed_line
 from ktcompile.quant import ALIASES, FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from transformers import PreTrainedModel
 
+    from ktcompile.config import DeviceOptions
     from ktcompile.engine.detokenizer import IncrementalText
+    from ktcompile.models.load import Track
+    from ktcompile.runtime.metrics import ExpertMetrics
+    from ktcompile.runtime.recording import Recording
 
 _EXAMPLES = """\
 examples:
@@ -28,6 +35,8 @@ examples:
   ktc generate --model ~/models/Qwen3-30B-A3B --weight-format bf16 --max-tokens 64 'Once upon a time'
   ktc generate --temperature 0.8 --top-p 0.95 --seed 1 'import '
   ktc generate --json --quiet 'class Stack:' > out.json
+  ktc generate --device stand-in --device-expert-fraction 0.25 --routing-profile tiny.npz 'def fibonacci(n):'
+  ktc generate --record-routing trace.npz 'import ' && ktc simulate --trace trace.npz --model-shape tiny
 
 The prompt and its continuation go to stdout, progress and speed to stderr.
 """
@@ -40,32 +49,6 @@ token in less than 0.1 s. So the default is --no-compile; it runs the same kerne
 
 # Parameters; a token of such a model takes a few milliseconds on one thread.
 _SMALL_MODEL = 64_000_000
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What was generated, and how long each part took, in seconds.
-
-    prefill_seconds: until the first token. decode_seconds: from the first token to the last.
-    """
-
-    prompt_tokens: int
-    tokens: int = 0
-    pieces: list[str] = field(default_factory=list)
-    load_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    interrupted: bool = False
-
-    @property
-    def prefill_rate(self) -> float | None:
-        """Prompt tokens per second; None if the prompt was not finished."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
-
-    @property
-    def decode_rate(self) -> float | None:
-        """Tokens per second after the first one; None if there are none."""
-        return (self.tokens - 1) / self.decode_seconds if self.decode_seconds else None
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -100,44 +83,123 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--threads", type=int, help="threads (default: physical cores, or KTCOMPILE_NUM_THREADS)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument("--quiet", action="store_true", help="no progress and no speed on stderr")
+    add_device_arguments(parser)
+    parser.add_argument(
+        "--record-routing", type=Path, metavar="FILE.npz", help="write what routers chose, for `ktc simulate --trace`"
+    )
+    parser.add_argument(
+        "--experts-report", type=Path, metavar="FILE.json", help="write where experts are and what each layer did"
+    )
+    parser.add_argument("--experts-plot", type=Path, metavar="FILE.png", help="draw the same; needs matplotlib")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, and return 130 if Ctrl-C ended it early."""
+    from transformers.utils import logging as hf_logging
+
     from ktcompile import compile_reports, set_num_threads
     from ktcompile.engine.detokenizer import IncrementalText
     from ktcompile.engine.generate import Sampling, generate
     from ktcompile.graph.report import clear_compile_reports
     from ktcompile.machine import machine
+    from ktcompile.models import hf_experts
+    from ktcompile.models.load import locate
+    from ktcompile.models.tokenizer import load_tokenizer, token_ids
+    from ktcompile.runtime.recording import Recording
 
+    # What cannot be used or written shows before the model is loaded.
     sampling = Sampling(args.temperature, args.top_p, args.seed)
-    machine()  # settings that cannot be used show before the model is loaded
+    machine()
+    options = device_options(args)
+    reports = ExpertsReports(args.experts_report, args.experts_plot, options)
+    recording = Recording(args.record_routing, options.routing_profile)
     if args.threads is not None:
         set_num_threads(args.threads)
     clear_compile_reports()
 
     begin = time.perf_counter()
-    name, tokenizer, model = _load(args)
+    name = locate(args.model)
+    hf_logging.set_verbosity(logging.ERROR)
+    with _progress(shown=not args.quiet) as progress:
+        tokenizer = load_tokenizer(name)
+        model, forward = _load(args, name, options, partial(progress.track, description="Packing experts"))
+    recording.check(hf_experts.shape(model))
     _set_torch_threads(model)
-    prompt_ids: list[int] = tokenizer(args.prompt)["input_ids"]
-    if args.prompt and not prompt_ids:  # transformers makes an empty tokenizer where it finds no files
-        raise ValueError(f"the tokenizer of {name} knows no tokens; are files such as tokenizer.json missing?")
+    prompt_ids = token_ids(tokenizer, args.prompt)
     outcome = Outcome(len(prompt_ids), load_seconds=time.perf_counter() - begin)
-    tokens = generate(model, prompt_ids, args.max_tokens, sampling, _forward(model, args))
+    tokens = generate(model, prompt_ids, args.max_tokens, sampling, forward)
     write = _silent if args.json else _write
 
     write(args.prompt)
-    _stream(tokens, IncrementalText(tokenizer, prompt_ids), write, outcome)
+    with recording.running():
+        _stream(tokens, IncrementalText(tokenizer, prompt_ids), write, outcome)
     write("\n")
+    metrics = _metrics(model, options, outcome)
     if args.json:
-        reports = [
+        compiled = [
             {"moe_found": r.moe_found, "moe_fused": r.moe_fused, "fallbacks": r.fallbacks} for r in compile_reports()
         ]
-        print(json.dumps(_record(args, name, outcome, reports), indent=2))
+        print(json.dumps(record(args, name, outcome, compiled, metrics), indent=2))
     if not args.quiet:
-        print(_speed_line(outcome), file=sys.stderr)
+        print(speed_line(outcome), *([metrics.summary()] if metrics else []), sep="\n", file=sys.stderr)
+    _save(args, recording, reports, metrics, outcome)
     return 130 if outcome.interrupted else 0
+
+
+def _load(
+    args: argparse.Namespace, name: str, options: DeviceOptions, track: Track
+) -> tuple[PreTrainedModel, Callable[..., Any]]:
+    """Return the model and what runs it."""
+    import torch
+
+    from ktcompile.models.load import load, load_for_compiler
+    from ktcompile.runtime.placing import placer_for, without_new_profile
+
+    options = without_new_profile(options)
+    if not args.compile:
+        model = load(name, weight_format=args.weight_format, track=track, **options.device_options())
+        return model, model
+    placer_for(options)  # what the backend would find wrong shows now
+    # About transformers' own code, and of no consequence here.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    backend = {"weight_format": args.weight_format, "weights": "take", **options.device_options()}
+    model = load_for_compiler(name, weight_format=args.weight_format, track=track)
+    return model, torch.compile(model.forward, backend="kt", options=backend)
+
+
+def _metrics(model: PreTrainedModel, options: DeviceOptions, outcome: Outcome) -> ExpertMetrics | None:
+    """Return what the experts did, None if there is no device or nothing was run yet."""
+    from ktcompile.models.placed import expert_metrics
+
+    if options.device == "none" or not outcome.tokens:
+        return None
+    try:
+        return expert_metrics(model)
+    except ValueError as error:  # the compiler left all experts to the stock implementation
+        print(f"ktc: {error}", file=sys.stderr)
+        return None
+
+
+def _save(
+    args: argparse.Namespace,
+    recording: Recording,
+    reports: ExpertsReports,
+    metrics: ExpertMetrics | None,
+    outcome: Outcome,
+) -> None:
+    """Write what was asked for, and say so. Before the first token there is nothing: the prompt was not finished."""
+    if not outcome.tokens:
+        return
+    written: list[Path] = []
+    try:
+        written += recording.save()
+    finally:
+        if metrics is not None:
+            written += reports.write(metrics)
+        if not args.quiet:
+            for path in written:
+                print(f"wrote {path}", file=sys.stderr)
 
 
 def _set_torch_threads(model: PreTrainedModel) -> None:
@@ -148,50 +210,6 @@ def _set_torch_threads(model: PreTrainedModel) -> None:
     from ktcompile import get_num_threads
 
     torch.set_num_threads(get_num_threads() if model.num_parameters() > _SMALL_MODEL else 1)
-
-
-def _load(args: argparse.Namespace) -> tuple[str, Any, PreTrainedModel]:
-    """Return the model's name, its tokenizer and the model, with its experts packed unless it is to be compiled.
-    Experts that are stored quantised are packed in any case."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
-    from ktcompile.models import checkpoint, hf_experts, quantized, tiny_model
-
-    hf_logging.set_verbosity(logging.ERROR)
-    name = checkpoint.locate(args.model or tiny_model.path())
-    # A model to be compiled stays as its authors wrote it: the backend finds the experts by itself.
-    experts = {} if args.compile else {"experts_implementation": hf_experts.NAME}
-    with _progress(shown=not args.quiet) as progress:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model: Any
-            if quantized.reader_of(name) is None:
-                model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **experts)
-            else:
-                model = quantized.load(name, args.weight_format, partial(progress.track, description="Packing experts"))
-        except OSError as error:
-            raise FileNotFoundError(f"cannot load the model {name}: {error}") from error
-        modules = hf_experts.configure(model, args.weight_format)
-        packed = any(hf_experts.is_packed(module) for module in model.modules())
-        if not modules and not packed and args.weight_format != "auto":
-            raise ValueError(f"{name} has no experts that could be stored in {args.weight_format}")
-        if modules and not args.compile:
-            for module in progress.track(modules, description="Packing experts"):
-                hf_experts.take(module)
-    return name, tokenizer, model
-
-
-def _forward(model: PreTrainedModel, args: argparse.Namespace) -> Callable[..., Any]:
-    if not args.compile:
-        return model
-    import torch
-
-    # About transformers' own code, and of no consequence here.
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-    options = {"weight_format": args.weight_format, "weights": "take"}
-    compiled: Callable[..., Any] = torch.compile(model.forward, backend="kt", options=options)
-    return compiled
 
 
 @contextmanager
@@ -245,39 +263,3 @@ def _write(text: str) -> None:
 
 def _silent(text: str) -> None:
     """Stand in for `_write` where the text is part of a JSON object."""
-
-
-def _record(
-    args: argparse.Namespace, model: str, outcome: Outcome, reports: Sequence[dict[str, object]]
-) -> dict[str, object]:
-    from ktcompile import get_num_threads
-    from ktcompile.machine import machine
-
-    return {
-        "prompt": args.prompt,
-        "text": "".join(outcome.pieces),
-        "prompt_tokens": outcome.prompt_tokens,
-        "generated_tokens": outcome.tokens,
-        "interrupted": outcome.interrupted,
-        "load_seconds": outcome.load_seconds,
-        "prefill_seconds": outcome.prefill_seconds,
-        "prefill_tokens_per_second": outcome.prefill_rate,
-        "decode_seconds": outcome.decode_seconds,
-        "decode_tokens_per_second": outcome.decode_rate,
-        "model": model,
-        "isa": machine().isa,
-        "threads": get_num_threads(),
-        "weight_format": args.weight_format,
-        "compiled": args.compile,
-        "compile_reports": list(reports),
-    }
-
-
-def _speed_line(outcome: Outcome) -> str:
-    def rate(tokens: int, seconds: float, per_second: float | None) -> str:
-        speed = "" if per_second is None else f" ({per_second:.1f} tokens/s)"
-        return f"{tokens} tokens in {seconds:.2f} s{speed}"
-
-    prefill = rate(outcome.prompt_tokens, outcome.prefill_seconds, outcome.prefill_rate)
-    decode = rate(max(0, outcome.tokens - 1), outcome.decode_seconds, outcome.decode_rate)
-    return f"load {outcome.load_seconds:.2f} s | prefill {prefill} | decode {decode}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ktcompile.cli.sizes import size
+from ktcompile.config import DEVICES
 from ktcompile.quant import ALIASES, FORMATS, check_format, full_name
 
 if TYPE_CHECKING:
@@ -37,6 +39,12 @@ _FRACTION_HELP = "of each layer's experts on the GPU, 0 to 1 (default: the faste
 
 # Where the machine has no GPU and a memory of one is named: its speeds are those of this preset.
 _ASSUMED_GPU = "4090-ddr5"
+# What `ktc generate` calls it.
+_GPU = "cuda"
+_WITHOUT_GPU = (
+    "'ktc generate' of this version knows no GPU: the command has all experts on the CPU, and speeds with a device are "
+    "those of the design; '--device stand-in' tries the placement without its speed"
+)
 _COMPARED = ("bf16", "int8", "fp8", "int4_g32", "int4_g128", "mxfp4")
 
 
@@ -68,6 +76,11 @@ class Answer:
     notes: tuple[str, ...]
     assumptions: tuple[str, ...]
     command: str | None
+
+    @property
+    def share(self) -> float:
+        """The part of all experts that is on the device."""
+        return device_share(self.model, self.estimate)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -137,8 +150,11 @@ def answer(args: argparse.Namespace) -> Answer:
         notes += (
             f"the checkpoint is quantised as {model.stored_format}; {name} needs one that is not, or is in {name}",
         )
-    if result.device is not None:
-        notes += ("'ktc generate' of this version runs on the CPU alone: speeds with a device are those of the design",)
+    runs = result.fits and source.loadable and not stored_anew
+    if result.device is not None and _GPU not in DEVICES:
+        notes += (_WITHOUT_GPU,)
+        alone = replace(plan, hardware=replace(hardware, device=None, link=None), fraction=None)
+        runs = runs and estimate(alone).fits
     return Answer(
         model,
         hardware,
@@ -150,7 +166,7 @@ def answer(args: argparse.Namespace) -> Answer:
         warnings(plan, result, {f: facts[f] for f in _COMPARED}),
         (*model.notes, *notes),
         ASSUMPTIONS,
-        _command(args.model, args.weight_format) if result.fits and source.loadable and not stored_anew else None,
+        _command(args, device_share(model, result)) if runs else None,
     )
 
 
@@ -162,7 +178,6 @@ def record(found: Answer) -> dict[str, object]:
         name: None if t is None else {**asdict(t), "used": t.used, "free": t.free, "fits": t.fits}
         for name, t in tiers.items()
     }
-    experts = sum(e.num_experts for e in model.experts)
     return {
         "fits": result.fits,
         "model": {
@@ -186,7 +201,7 @@ def record(found: Answer) -> dict[str, object]:
         "expert_bytes": found.expert_bytes,
         "memory": memory,
         "load_peak_bytes": result.load_peak,
-        "device_expert_fraction": sum(result.resident) / experts if experts else 0.0,
+        "device_expert_fraction": found.share,
         "device_experts_per_layer": list(result.resident),
         "kv_capacity_tokens": result.cache_tokens,
         "simulated": True,
@@ -197,6 +212,12 @@ def record(found: Answer) -> dict[str, object]:
         "assumptions": list(found.assumptions),
         "command": found.command,
     }
+
+
+def device_share(model: Architecture, found: Estimate) -> float:
+    """Return the part of all experts that is on the device."""
+    experts = sum(e.num_experts for e in model.experts)
+    return sum(found.resident) / experts if experts else 0.0
 
 
 def _hardware(args: argparse.Namespace) -> tuple[Hardware, tuple[str, ...]]:
@@ -253,8 +274,11 @@ def _choice(plan: Plan, name: str) -> FormatChoice:
     return FormatChoice(name, facts.expert_bytes, result.fits, decode[0].tokens_per_second if decode else None)
 
 
-def _command(model: str | None, weight_format: str) -> str:
+def _command(args: argparse.Namespace, share: float) -> str:
     words = ["ktc", "generate"]
-    words += ["--model", model] if model else []
-    words += ["--weight-format", weight_format] if weight_format != "auto" else []
+    words += ["--model", args.model] if args.model else []
+    words += ["--weight-format", args.weight_format] if args.weight_format != "auto" else []
+    if share and _GPU in DEVICES:
+        # Rounded down, so that it fits.
+        words += ["--device", _GPU, "--device-expert-fraction", f"{math.floor(100 * share) / 100:.2f}"]
     return shlex.join([*words, "Once upon a time"])

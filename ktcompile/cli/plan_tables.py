@@ -100,8 +100,7 @@ def _short(value: float) -> str:
 def _room(found: Answer) -> str:
     result = found.estimate
     tokens = "any number of" if result.cache_tokens is None else f"{result.cache_tokens:,}"
-    experts = sum(e.num_experts for e in found.model.experts)
-    share = f"{sum(result.resident) / experts:.0%} of experts on the device; " if experts and result.device else ""
+    share = f"{found.share:.0%} of experts on the device; " if found.model.experts and result.device else ""
     return f"  {share}room for {tokens} tokens of each sequence; {human(result.load_peak)} of RAM while loading"
 
 

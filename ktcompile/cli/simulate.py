@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ktcompile.plan.files import check_writable
 
 if TYPE_CHECKING:
     from ktcompile.plan.facts import ModelFacts
@@ -105,8 +106,8 @@ def _check(args: argparse.Namespace) -> None:
         if not 0 <= percent <= 100:
             raise ValueError(f"--fractions has {percent:g}; it must be from 0 to 100 percent")
     for path in (args.out, args.plot):
-        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{path} cannot be written; is there a directory {path.absolute().parent}?")
+        if path:
+            check_writable(path)
     if args.plot:
         from ktcompile.bench import plot
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,32 @@ def generate(
     compiled `model.forward` for example; None is `model` itself. The first token comes after the prefill.
     ValueError: no prompt, max_tokens below 1, or a prompt that leaves no position for a token.
     """
+    ends = end_tokens(model)
+    return itertools.takewhile(
+        lambda token: token not in ends, generate_to_end(model, prompt_ids, max_tokens, sampling, forward)
+    )
+
+
+def generate_to_end(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Iterator[int]:
+    """Yield what `generate` does, and after that the end-of-sequence token if it came to one."""
     limit = _token_limit(model, prompt_ids, max_tokens)
     choose = Sampler(sampling or Sampling())
     return _tokens(model, list(prompt_ids), limit, choose, forward or model)
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens with which a model ends a sequence."""
+    settings = model.generation_config
+    ends = settings.eos_token_id if settings is not None else model.config.eos_token_id
+    if ends is None:
+        return set()
+    return {ends} if isinstance(ends, int) else set(ends)
 
 
 class Sampler:
@@ -83,13 +107,13 @@ def _tokens(
     # Most models can leave out the logits of all positions but the last.
     takes_part = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept: dict[str, int] = {"logits_to_keep": 1} if takes_part else {}
-    ends = _end_tokens(model)
+    ends = end_tokens(model)
     new_ids = prompt_ids
     for _ in range(limit):
         token = choose(_last_logits(forward, new_ids, cache, kept))
+        yield token
         if token in ends:
             return
-        yield token
         new_ids = [token]
 
 
@@ -113,11 +137,3 @@ def _token_limit(model: PreTrainedModel, prompt_ids: Sequence[int], max_tokens: 
     if len(prompt_ids) >= positions:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens; the model has {positions} positions")
     return min(max_tokens, int(positions) - len(prompt_ids))
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    settings = model.generation_config
-    ends = settings.eos_token_id if settings is not None else model.config.eos_token_id
-    if ends is None:
-        return set()
-    return {ends} if isinstance(ends, int) else set(ends)

@@ -1,4 +1,4 @@
-"""The record by which a pass asks the executable for packed weights."""
+"""The records by which the executable knows packed weights."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ class PackedInput:
     positions: tuple[int | None, ...]
     spec: ExpertsSpec | LinearSpec
     top_k: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GivenInput:
+    """Weights that a model holds packed. position: of their handle among the graph's original inputs."""
+
+    position: int
+    top_k: int
 
 
 def add_packed_input(gm: fx.GraphModule, name: str, packed: PackedInput) -> fx.Node:

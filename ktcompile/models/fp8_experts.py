@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.moe import run
+from ktcompile.ops.observer import observe
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import places_of, storages_of, versions_of
 from ktcompile.quant.checkpoints import Fp8Reader
@@ -112,7 +113,10 @@ def _fp8_experts_cpu(
 ) -> torch.Tensor:
     shared = None if block is None else (block[0], block[1])
     experts = Fp8Weights(gate_up, gate_up_scale, down, down_scale)
-    return run(x, ids, weights, fp8_store().get(experts, shared, ExpertsSpec.decode(spec)))
+    packed = fp8_store().get(experts, shared, ExpertsSpec.decode(spec))
+    result = run(x, ids, weights, packed)
+    observe(packed, ids)
+    return result
 
 
 @torch.library.register_fake("kt::fp8_experts", lib=LIBRARY)  # type: ignore[untyped-decorator]

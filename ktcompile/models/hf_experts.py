@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from ktcompile.graph.experts import describe
 from ktcompile.log import warn_once
 from ktcompile.models.fp8_experts import Fp8Weights, fp8_experts
-from ktcompile.ops.experts import PackedExperts
+from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
 from ktcompile.quant import check_format
@@ -67,8 +67,7 @@ def take(module: nn.Module) -> None:
     """
     spec, names, reason = _facts(module)
     assert not reason
-    weights = [None if name is None else getattr(module, name) for name in names]
-    take_weights(expert_store(), [module, module], weights, ExpertsSpec.decode(spec))
+    take_weights(expert_store(), [module, module], _weights(module, names), ExpertsSpec.decode(spec))
 
 
 def adopt(module: nn.Module, packed: PackedExperts) -> None:
@@ -95,6 +94,36 @@ def is_packed(module: nn.Module) -> bool:
     return _HANDLE in module._buffers and _is_absent(module.down_proj)  # type: ignore[arg-type]
 
 
+def experts_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model whose experts the kernels can run, in order."""
+    marked = (m for m in model.modules() if hasattr(m, "has_gate"))  # set by transformers' decorator
+    return [m for m in marked if not _facts(m)[2]]
+
+
+def shape(model: nn.Module) -> tuple[int, int]:
+    """Return how many layers have such modules, and the most experts that one has."""
+    counts = [module.get_parameter("down_proj").shape[0] for module in experts_modules(model)]
+    return len(counts), max(counts, default=0)
+
+
+def packed_forms(module: nn.Module) -> list[PackedExperts]:
+    """Return the packed experts of a module: those that `adopt` was given, or all that its weights were packed to."""
+    if is_packed(module):
+        return [from_handle(module.get_buffer(_HANDLE))]
+    _, names, reason = _facts(module)
+    assert not reason
+    return expert_store().find_all(_weights(module, names))
+
+
+def packed(module: nn.Module) -> PackedExperts:
+    """Return what the implementation "kt" runs for a module, packed now if it was not."""
+    if is_packed(module):
+        return from_handle(module.get_buffer(_HANDLE))
+    spec, names, reason = _facts(module)
+    assert not reason
+    return expert_store().get(_weights(module, names), ExpertsSpec.decode(spec))
+
+
 def experts_forward(
     module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -111,7 +140,7 @@ def experts_forward(
         reason = "gradients are enabled; the fused experts only run forward, under torch.no_grad()"
     if reason:
         return _stock(module, hidden_states, top_k_index, top_k_weights, reason)
-    weights = [None if name is None else getattr(module, name) for name in names]
+    weights = _weights(module, names)
     result = torch.ops.kt.experts.default(hidden_states, top_k_index, top_k_weights, *weights, spec)
     return result
 
@@ -131,6 +160,10 @@ def fp8_experts_forward(
         return _stock_fp8(module, hidden_states, top_k_index, top_k_weights, reason)
     weights = Fp8Weights(*(getattr(module, f"{name}{part}") for name in names[:2] for part in ("", "_scale_inv")))
     return fp8_experts(hidden_states, top_k_index, top_k_weights, weights, module.block_size, spec)
+
+
+def _weights(module: nn.Module, names: Sequence[str | None]) -> list[torch.Tensor | None]:
+    return [None if name is None else getattr(module, name) for name in names]
 
 
 def _holds_codes(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.library import LIBRARY, register_without_backward
+from ktcompile.ops.observer import observe
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
 from ktcompile.ops.threads import native_threads
@@ -122,7 +123,9 @@ def _experts_cpu(
 def _anywhere(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """Run experts that may lie on two sides."""
     if experts.split is None:
-        return run(x, ids, weights, experts)
+        result = run(x, ids, weights, experts)  # it refuses ids that none can count
+        observe(experts, ids)
+        return result
     call = experts.split.submit(x, ids, weights)
     return call.finish(call.resident(x, weights))
 

@@ -92,6 +92,12 @@ class WeightStore(Generic[S, P]):
             self._forget_with(weights[0], _key(weights, spec))
             return packed
 
+    def find_all(self, weights: Weights) -> list[P]:
+        """Return the packed forms that there are of the weights as they are now, whatever their specs."""
+        places, versions = places_of(weights), versions_of(weights)
+        found = [e for k, e in list(self._entries.items()) if k[:-1] == places]
+        return [e.packed for e in found if e.versions == versions and not e.stale()]
+
     def is_taken(self, weights: Weights, spec: S) -> bool:
         """Return whether the weights exist only packed."""
         entry = self._entries.get(_key(weights, spec))

@@ -63,10 +63,14 @@ class Activity:
         return self.bytes_promoted + self.bytes_demoted + self.bytes_streamed
 
     @property
+    def rows(self) -> int:
+        """Pairs of a token and an expert that were computed."""
+        return self.cpu_rows + self.device_rows + self.streamed_rows
+
+    @property
     def hit_rate(self) -> float | None:
         """The part of the rows whose expert was on the device; None: there were no rows."""
-        rows = self.cpu_rows + self.device_rows + self.streamed_rows
-        return self.device_rows / rows if rows else None
+        return self.device_rows / self.rows if self.rows else None
 
     def time(self, cpu: tuple[float, float] | None, device: tuple[float, float] | None) -> None:
         """Count when the CPU and the device were busy in one call, by the same clock. cpu: None if it was not."""

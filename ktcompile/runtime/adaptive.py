@@ -26,6 +26,11 @@ from ktcompile.runtime.split import SplitExperts
 _MOST_DECODED = 16
 
 
+def phase_of(tokens: int) -> Phase:
+    """Return what a call of so many tokens is taken for."""
+    return Phase.PREFILL if tokens > _MOST_DECODED else Phase.DECODE
+
+
 class AdaptivePlacement:
     """Plans anew every so many decode steps and after each prompt, and makes the moves between calls.
 
@@ -62,7 +67,7 @@ class AdaptivePlacement:
         rows, touched = np.zeros(self._table.shape), np.zeros(self._table.shape)
         for index, c in enumerate(counts):
             rows[index, : len(c.rows)], touched[index, : len(c.touched)] = c.rows, c.touched
-        if tokens > _MOST_DECODED:
+        if phase_of(tokens) is Phase.PREFILL:
             self._observe_decoded()
             self._forecast.observe(rows, touched, tokens, 1, Phase.PREFILL)
             self._plan()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ktcompile.ops.moe import run
+from ktcompile.ops.observer import observe
 from ktcompile.runtime.device import Fetched, Products
 from ktcompile.runtime.streaming import stream
 
@@ -125,6 +126,7 @@ class SplitCall:
         known_TK = known_ids(self._fetched, num_experts)
         rows_E = np.bincount(known_TK.flatten().numpy(), minlength=num_experts + 1)[:-1]
         layer.count(rows_E, len(known_TK))
+        observe(layer.experts, known_TK)
         on_device, streamed = (int(rows_E[list(e)].sum()) for e in (state.resident, state.streamed))
         on_cpu = int(rows_E.sum()) - on_device - streamed
         activity = layer.activity

@@ -46,6 +46,7 @@ class Placer:
     fraction: of all experts' bytes. profile: needed by strategies that are told what routers choose. stream_from: calls
     of so many tokens copy the CPU's experts through the device; None: from where that is faster; 0: none does.
     hardware: whose times decide that, and what is worth a move; None: the device's, and this CPU's, which is measured.
+    key: placers of the same one would do the same; None: of no other placer.
     """
 
     def __init__(
@@ -59,14 +60,22 @@ class Placer:
         stream_from: int | None = None,
         config: ReplanConfig | None = None,
         hardware: Hardware | None = None,
+        key: object = None,
     ) -> None:
         self._device, self._fraction, self._strategy, self._profile = device, fraction, strategy, profile
         self._keep_cpu_copy, self._stream_from = keep_cpu_copy, stream_from
         self._config, self._hardware = config, hardware
+        self._key = object() if key is None else key
 
     def ensure(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
         """Split the layers of a model, unless they are split, in whatever way."""
         if any(experts.split is None for experts in layers):
+            self.place(layers, top_k)
+
+    def keep(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
+        """Split the layers of a model, unless such a placer did: another graph of the model was compiled."""
+        split = [experts.split for experts in layers]
+        if not all(isinstance(layer, SplitExperts) and layer.placed_by == self._key for layer in split):
             self.place(layers, top_k)
 
     def place(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
@@ -94,6 +103,7 @@ class Placer:
             streaming = self._streaming(hardware, layer, len(resident), buffered)
             split.append(SplitExperts(experts, self._device, keep_cpu_copy=self._keep_cpu_copy, streaming=streaming))
             experts.split = split[-1]
+            split[-1].placed_by = self._key
             for expert in resident:
                 split[-1].promote(expert)
             split[-1].settle()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from ktcompile.graph.owners import ParameterOwners
-from ktcompile.graph.packed import PACKED, PackedInput
-from ktcompile.ops.experts import PackedExperts
+from ktcompile.graph.packed import PACKED, GivenInput, PackedInput
+from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.spec import ExpertsSpec, LinearSpec
 from ktcompile.ops.store import Weights, expert_store, linear_store, storages_of
@@ -22,32 +22,42 @@ InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 class Executable:
-    """Calls a compiled graph. Arguments that only served to pack weights stay outside of it."""
+    """Calls a compiled graph. Arguments that only served to pack weights stay outside of it.
+
+    experts: where the layers come from that `placer` places, in the order of the graph.
+    """
 
     def __init__(
         self,
         inner: Callable[..., Any],
         kept: Sequence[int],
         packed: Sequence[PackedInput],
+        experts: Sequence[PackedInput | GivenInput],
         placer: Placer | None,
     ) -> None:
         self._inner = inner
         self._kept = tuple(kept)
         self._packed = [_Found(p) for p in packed]
         self._placer = placer
-        self._experts = [(i, p.top_k) for i, p in enumerate(packed) if p.top_k is not None]
+        self._experts = [e.position if isinstance(e, GivenInput) else _Made(packed.index(e)) for e in experts]
+        self._top_k = [_top_k(e) for e in experts]
 
     def __call__(self, *args: Any) -> Any:
         layers = [found.layer(args) for found in self._packed]
         given = [*(args[i] for i in self._kept), *(layer.handle for layer in layers)]
         if self._placer is None or not self._experts:
             return self._inner(*given)
-        experts: list[Any] = [layers[i] for i, _ in self._experts]
-        # Others than those it was built with have the same shapes.
-        self._placer.ensure(experts, [top_k for _, top_k in self._experts])
+        experts: list[Any] = [layers[e.place] if isinstance(e, _Made) else from_handle(args[e]) for e in self._experts]
+        self._placer.ensure(experts, self._top_k)  # others than those it was built with have the same shapes
         result = self._inner(*given)
         self._placer.step(experts)
         return result
+
+
+class _Made(NamedTuple):
+    """One of the layers that the executable packed."""
+
+    place: int
 
 
 class _Found:
@@ -100,24 +110,48 @@ def build(
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
-    if not packed:
+    experts = _experts(gm, placeholders)
+    if not packed and (placer is None or not experts):
         return compile_inner(gm, list(example_inputs))
     replaced = {i for p in packed for i in p.positions if i is not None and not placeholders[i].users}
     owners = ParameterOwners()
-    layers: list[Any] = []
+    layers = []
     for p in packed:
         weights = _weights(example_inputs, p)
         alone = take and replaced.issuperset(i for i in p.positions[: p.spec.weights] if i is not None)
         layers.append(_take(owners, weights, p.spec) if alone else _get(p.spec, weights))
-    experts = [(layer, p.top_k) for layer, p in zip(layers, packed, strict=True) if p.top_k is not None]
     if placer is not None and experts:
-        placer.place(*(list(part) for part in zip(*experts, strict=True)))
+        placed: list[Any] = [
+            from_handle(example_inputs[e.position]) if isinstance(e, GivenInput) else layers[packed.index(e)]
+            for e in experts
+        ]
+        placer.keep(placed, [_top_k(e) for e in experts])
     for i in replaced:
         gm.graph.erase_node(placeholders[i])
     kept = [i for i in range(len(example_inputs)) if i not in replaced]
     gm.recompile()
     inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *(layer.handle for layer in layers)])
-    return Executable(inner, kept, packed, placer)
+    return Executable(inner, kept, packed, experts, placer)
+
+
+def _experts(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> list[PackedInput | GivenInput]:
+    """Return where the packed experts of each layer come from, in the order of the graph."""
+    found: list[PackedInput | GivenInput] = []
+    for node in gm.graph.nodes:
+        if node.target not in (torch.ops.kt.moe.default, torch.ops.kt.moe_submit.default):
+            continue
+        _, ids, _, handle = node.args
+        if PACKED in handle.meta:
+            found.append(handle.meta[PACKED])
+        elif handle in placeholders:
+            top_k = int(ids.meta["example_value"].shape[1])
+            found.append(GivenInput(placeholders.index(handle), top_k))
+    return found
+
+
+def _top_k(layer: PackedInput | GivenInput) -> int:
+    assert layer.top_k is not None
+    return layer.top_k
 
 
 def _get(spec: ExpertsSpec | LinearSpec, weights: Weights) -> PackedExperts | PackedLinear:

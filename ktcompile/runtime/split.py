@@ -65,7 +65,9 @@ class SplitExperts:
         self._state: State | None = None
         self._counts = Counts.none(experts.num_experts)
         self.adaptive: AdaptivePlacement | None = None  # of the first layer of a model whose experts follow its routers
+        self.placed_by: object = None  # the key of the placer that chose what is where
         self.activity = Activity()
+        self.chosen_E = np.zeros(experts.num_experts, dtype=np.int64)  # tokens of each expert since it was split
 
     @property
     def resident(self) -> frozenset[int]:
@@ -151,6 +153,7 @@ class SplitExperts:
     def count(self, rows_E: NDArray[np.int64], tokens: int) -> None:
         """Count what one call asked for."""
         self._counts.add(rows_E, tokens)
+        self.chosen_E += rows_E
 
     def take_counts(self) -> Counts:
         """Return what was asked for since the last time."""

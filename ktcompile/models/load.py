@@ -1,0 +1,85 @@
+"""Models ready to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ktcompile.config import DeviceOptions
+from ktcompile.models import checkpoint, hf_experts, placed, quantized, tiny_model
+from ktcompile.quant import check_format
+from ktcompile.runtime.placing import placer_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Track = Callable[[list[Any]], Iterable[Any]]
+
+
+def load(
+    model: str | Path | None = None, *, weight_format: str = "auto", track: Track = iter, **device_options: Any
+) -> PreTrainedModel:
+    """Return a causal language model whose experts are packed, ready to call, in evaluation mode.
+
+    model: a directory or a hub id; None: the small model of the package. weight_format: of the experts, as for
+    `ktcompile.ops.pack_experts`; those of a quantised checkpoint stay as they are stored. track: passes layers on while
+    they are packed, as for a progress bar. device_options: fields of `ktcompile.config.DeviceOptions`, as device,
+    device_expert_fraction and device_memory.
+    Experts that the kernels cannot run are left to transformers, with a warning. FileNotFoundError: there is no such
+    model, or files of it are missing. ValueError: a file is damaged, an option is unknown or cannot be used, or the
+    model has no experts for a format or a device that was asked for.
+    """
+    options = DeviceOptions.of_keywords(device_options, "ktcompile.load")
+    check_format(weight_format)
+    placer = placer_for(options)
+    name = locate(model)
+    result = _read(name, weight_format, track, {"experts_implementation": hf_experts.NAME})
+    for module in track(_configured(result, name, weight_format)):
+        hf_experts.take(module)
+    if placer is not None:
+        placed.attach(result, placer)
+    return result
+
+
+def load_for_compiler(
+    model: str | Path | None = None, *, weight_format: str = "auto", track: Track = iter
+) -> PreTrainedModel:
+    """Return a model as its authors wrote it: the backend finds the experts by itself, and packs them.
+
+    Only experts that are stored quantised are packed already. Arguments and errors are those of `load`.
+    """
+    check_format(weight_format)
+    name = locate(model)
+    result = _read(name, weight_format, track, {})
+    _configured(result, name, weight_format)
+    return result
+
+
+def locate(model: str | Path | None) -> str:
+    """Return what names a model for transformers. Errors as for `ktcompile.models.checkpoint.locate`."""
+    return checkpoint.locate(model or tiny_model.path())
+
+
+def _read(name: str, weight_format: str, track: Track, experts: dict[str, str]) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if quantized.reader_of(name) is not None:
+            return quantized.load(name, weight_format, track)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **experts)
+    except OSError as error:
+        raise FileNotFoundError(f"cannot load the model {name}: {error}") from error
+    result: PreTrainedModel = model.eval()
+    return result
+
+
+def _configured(model: PreTrainedModel, name: str, weight_format: str) -> list[nn.Module]:
+    """Return the modules whose experts are to be packed."""
+    modules = hf_experts.configure(model, weight_format)
+    packed = any(hf_experts.is_packed(module) for module in model.modules())
+    if not modules and not packed and weight_format != "auto":
+        raise ValueError(f"{name} has no experts that could be stored in {weight_format}")
+    return modules

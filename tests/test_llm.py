@@ -1,0 +1,199 @@
+"""`ktcompile.LLM`: answers, where they end, files that are written meanwhile, and what is refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.text_model import byte_level_tokenizer, save_model
+
+import ktcompile
+from ktcompile.engine import llm as engine
+from ktcompile.engine.generate import generate
+from ktcompile.plan.profile import Phase, RoutingProfile
+from ktcompile.plan.trace import Trace
+
+PROMPT = "def fibonacci(n):"
+GREEDY = ktcompile.SamplingParams(max_tokens=12, temperature=0.0)
+HALF = {"device": "stand-in", "placement": "uniform", "stream_from": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return ktcompile.LLM(folder)
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_an_answer_is_what_the_model_generates(llm):
+    ids = byte_level_tokenizer()(PROMPT)["input_ids"]
+    expected = list(generate(llm.model, ids, 12))
+    (request,) = llm.generate(PROMPT, GREEDY)
+    assert (request.prompt, request.prompt_token_ids, request.finished) == (PROMPT, ids, True)
+    (answer,) = request.outputs
+    assert (answer.index, answer.token_ids, answer.finish_reason) == (0, expected, "length")
+    whole = byte_level_tokenizer().decode(ids + expected)[len(PROMPT) :]
+    assert answer.text and answer.text == whole.rstrip("\ufffd")  # an unfinished character is left out
+
+
+def test_prompts_are_texts_or_tokens_one_or_several(llm):
+    ids = byte_level_tokenizer()(PROMPT)["input_ids"]
+    several = llm.generate([PROMPT, {"prompt_token_ids": ids}, {"prompt": PROMPT}], GREEDY)
+    assert [request.prompt for request in several] == [PROMPT, None, PROMPT]
+    (alone,) = llm.generate({"prompt_token_ids": ids}, GREEDY)
+    assert {str(request.outputs) for request in (*several, alone)} == {str(alone.outputs)}
+    numbers = [int(request.request_id) for request in (*several, alone)]
+    assert numbers == list(range(numbers[0], numbers[0] + 4))
+    assert llm.generate([]) == []
+
+
+def test_each_prompt_may_have_its_own_settings(llm):
+    params = [ktcompile.SamplingParams(max_tokens=n, temperature=0) for n in (1, 3)]
+    assert [len(r.outputs[0].token_ids) for r in llm.generate([PROMPT] * 2, params)] == [1, 3]
+    with pytest.raises(ValueError, match="there are 2 sampling_params for 1 prompts"):
+        llm.generate(PROMPT, params)
+
+
+def test_an_answer_ends_at_an_end_token(llm, monkeypatch):
+    full = llm.generate(PROMPT, GREEDY)[0].outputs[0].token_ids
+    monkeypatch.setattr(llm.model.generation_config, "eos_token_id", full[4])
+    answer = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    end = full.index(full[4])
+    assert (answer.token_ids, answer.finish_reason) == (full[: end + 1], "stop")
+    assert answer.text == llm.generate(PROMPT, ktcompile.SamplingParams(end, 0.0))[0].outputs[0].text
+
+
+def test_an_answer_ends_before_a_text(llm):
+    full = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    stop = full.text[len(full.text) // 2 :][:2]
+    for stops in (stop, [stop, "never there"]):
+        params = ktcompile.SamplingParams(12, 0.0, stop=stops)
+        answer = llm.generate(PROMPT, params)[0].outputs[0]
+        assert answer.finish_reason == "stop"
+        assert answer.text == full.text[: full.text.index(stop)]
+        assert answer.token_ids == full.token_ids[: len(answer.token_ids)]
+
+
+def test_an_answer_ends_where_positions_do(llm):
+    ids = [1] * 62
+    answer = llm.generate({"prompt_token_ids": ids}, GREEDY)[0].outputs[0]
+    assert (len(answer.token_ids), answer.finish_reason) == (2, "length")
+    with pytest.raises(ValueError, match="the prompt has 64 tokens; the model has 64 positions"):
+        llm.generate({"prompt_token_ids": [1] * 64}, GREEDY)
+
+
+def test_a_seed_repeats_itself(llm):
+    def drawn(seed):
+        return llm.generate(PROMPT, ktcompile.SamplingParams(8, 1.5, 0.95, seed))[0].outputs[0].token_ids
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_two_sides_answer_as_one_does(folder, llm):
+    two = ktcompile.LLM(folder, **HALF)
+    assert two.generate(PROMPT, GREEDY)[0].outputs == llm.generate(PROMPT, GREEDY)[0].outputs
+    assert all(layer.resident and layer.activity.calls == 12 for layer in two.expert_metrics().layers)
+    with pytest.raises(ValueError, match="no experts on a device"):
+        llm.expert_metrics()
+
+
+def test_a_profile_is_added_to_and_a_trace_is_written(folder, tmp_path):
+    profile, trace = tmp_path / "profile.npz", tmp_path / "trace.npz"
+    params = ktcompile.SamplingParams(5, 0.0)
+    for run in (1, 2):
+        model = ktcompile.LLM(folder, **HALF, routing_profile=profile, record_routing=trace)
+        prompt = len(model.generate(PROMPT, params)[0].prompt_token_ids)
+        assert RoutingProfile.load(profile).tokens(Phase.DECODE) == pytest.approx((prompt + 4) * run, rel=1e-3)
+        assert Trace.load(trace).tokens.tolist() == [prompt, 1, 1, 1, 1]
+
+
+def test_what_was_recorded_is_kept_when_it_is_interrupted(folder, tmp_path, monkeypatch):
+    trace = tmp_path / "trace.npz"
+    model = ktcompile.LLM(folder, record_routing=trace)
+    to_end = engine.generate_to_end
+
+    def interrupted(*arguments):
+        tokens = to_end(*arguments)
+        yield next(tokens)
+        yield next(tokens)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "generate_to_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(PROMPT)
+    assert Trace.load(trace).num_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ({"text": "x"}, "{'text': 'x'} is no prompt; give a text or"),
+        ({"prompt_token_ids": []}, "the prompt has no tokens"),
+        ({"prompt_token_ids": [300]}, "prompt_token_ids has 300; the model's tokens are 0 to 299"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(llm, prompt, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        llm.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"stop": ["a", ""]}, "stop is ['a', '']"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ktcompile.SamplingParams(**settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"wait_format": "bf16"}, "option 'wait_format' of ktcompile.LLM is unknown"),
+        ({"record_routing": "/nowhere/trace.npz"}, "/nowhere/trace.npz cannot be written"),
+        ({"routing_profile": "/nowhere/profile.npz"}, "/nowhere/profile.npz cannot be written"),
+    ],
+)
+def test_mistakes_are_found_before_the_model_is_loaded(options, words, monkeypatch):
+    monkeypatch.setattr(engine, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=words):
+        ktcompile.LLM(**options)
+
+
+def test_a_profile_of_another_model_is_refused(folder, tmp_path):
+    RoutingProfile(3, 5).save(tmp_path / "profile.npz")
+    with pytest.raises(ValueError, match=r"of \(3, 5\) layers and experts; the model has \(2, 5\)"):
+        ktcompile.LLM(folder, routing_profile=tmp_path / "profile.npz")
+
+
+@pytest.mark.slow
+def test_the_package_names_what_it_has_and_loads_it_when_asked():
+    program = (
+        "import sys, ktcompile; before = set(sys.modules)\n"
+        "assert 'ktcompile.engine.llm' not in before and 'ktcompile.models.load' not in before\n"
+        "assert all(getattr(ktcompile, name) for name in ktcompile.__all__)\n"
+        "assert set(ktcompile.__all__) <= set(dir(ktcompile))\n"
+        "assert 'ktcompile.engine.llm' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+    with pytest.raises(AttributeError, match="module 'ktcompile' has no attribute 'lode'"):
+        ktcompile.lode  # noqa: B018
