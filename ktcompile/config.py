@@ -14,7 +14,7 @@ from ktcompile.quant import check_format
 
 WEIGHTS = ("copy", "take")
 INNER = ("inductor", "eager")
-DEVICES = ("none", "stand-in")
+DEVICES = ("none", "stand-in", "cuda")
 PLACEMENTS = ("adaptive", "uniform", "front", "random", "frequency", "counts")
 
 
@@ -26,7 +26,7 @@ class CompileOptions:
     weights: "copy" leaves the model as it is; "take" frees the experts' source storage after packing.
     inner: who runs the rest of the graph, "inductor" or "eager".
     isa: instruction set of the kernels; None: the best of this machine.
-    device: "none", or "stand-in", a device without a GPU that imitates one with its own memory, for trials and tests.
+    device: "none"; "cuda", the current GPU; or "stand-in", which imitates one with memory of its own, to try and test.
     device_expert_fraction: of each layer's experts, how many the device holds. device_memory: its bytes; None: as
     many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
     placement: which experts those are: "adaptive", by what routers choose while the model runs, or "uniform", "front",
