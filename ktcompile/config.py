@@ -28,7 +28,7 @@ class CompileOptions:
     isa: instruction set of the kernels; None: the best of this machine.
     device: "none"; "cuda", the current GPU; or "stand-in", which imitates one with memory of its own, to try and test.
     device_expert_fraction: of each layer's experts, how many the device holds. device_memory: its bytes; None: as
-    many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
+    many as that takes, but no more than a GPU has free. keep_cpu_copy: experts on the device stay with the CPU too.
     placement: which experts those are: "adaptive", by what routers choose while the model runs, or "uniform", "front",
     "random", and, by a recorded profile, "frequency" and "counts". routing_profile: its file.
     stream_from: calls of so many tokens copy the CPU's experts through the device; None: from where that is faster;

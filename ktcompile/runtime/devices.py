@@ -100,7 +100,8 @@ class Placer:
                 try:
                     split[-1].promote(expert)
                 except DeviceMemoryError as error:  # it had less than it was thought to have
-                    logger.warning("%s: expert %d stays with the CPU: %s", experts.label, expert, error)
+                    logger.warning("%s: experts stay with the CPU, expert %d first: %s", experts.label, expert, error)
+                    break
             split[-1].settle()
         if self._strategy == "adaptive":
             split[0].adaptive = AdaptivePlacement(split, facts, hardware, budget, self._config, self._profile)

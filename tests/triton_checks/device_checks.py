@@ -32,7 +32,6 @@ from ktcompile.runtime.streaming import Streaming
 from ktcompile.runtime.streams import CpuStreams, Streams
 
 WITH_KERNELS = [name for name in FORMATS if name != "int8_dyn"]
-FEW = ("fp32", "int4_g32_zp", "mxfp4")
 
 
 def streams() -> Streams:
@@ -79,7 +78,7 @@ def test_any_number_of_resident_experts(weight_format: str) -> None:
     layer = random_layer(weight_format=weight_format, bias=True)
     experts = layer.pack()
     both, device = split(experts, EXPERTS)
-    inputs = random_inputs(3)
+    inputs = random_inputs(2)
     inputs[1][0, 1] = EXPERTS + 3  # another machine's
     alone = run(experts, inputs)
     for count in (2, EXPERTS):
@@ -119,7 +118,7 @@ def test_inputs_of_every_dtype(weight_format: str, dtype: torch.dtype) -> None:
     assert_close(got, layer, random_inputs(2, dtype))
 
 
-@pytest.mark.parametrize("weight_format", FEW)
+@pytest.mark.parametrize("weight_format", ["fp32", "int4_g32_zp"])
 def test_streamed_experts_have_the_bits_of_resident_ones(weight_format: str) -> None:
     layer = random_layer(weight_format=weight_format, bias=True)
     one, two = layer.pack(), layer.pack()
@@ -127,7 +126,7 @@ def test_streamed_experts_have_the_bits_of_resident_ones(weight_format: str) -> 
     place(resident, EXPERTS)
     streamed, device = split(two, 3, streaming=Streaming(from_tokens=1, experts=1))
     place(streamed, 1)
-    assert_exact(run(two, random_inputs(9)), run(one, random_inputs(9)))
+    assert_exact(run(two, random_inputs(4)), run(one, random_inputs(4)))
     assert streamed.activity.streamed_rows > 0 and streamed.activity.cpu_rows == 0
     assert device.used_bytes == two.native.expert_nbytes
 
