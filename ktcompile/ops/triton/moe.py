@@ -22,7 +22,7 @@ from ktcompile.quant import QuantizedWeight
 # rows then waste arithmetic, of which there is plenty where weights have to be read for few rows.
 BLOCK_ROWS = 64
 # The sum of a group is an accumulator besides that of the product. Threads have the registers for both where a tile has
-# fewer columns, or more threads: see the choices that depend on `group_size`.
+# fewer columns, or more threads: see the choices that depend on `group_size`. int8 needs some to widen its codes.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -194,7 +194,7 @@ def _second_product(activated_PI: Tensor, products_PH: Tensor, experts: DeviceEx
             *_strides(weight),
         ),
         _constants(weight, experts.down_bias, columns),
-        num_warps=8 if weight.format.group_size else 4,
+        num_warps=8 if weight.format.group_size or weight.format.layout == "int8" else 4,
     )
 
 
