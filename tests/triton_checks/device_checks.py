@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from ktcompile.runtime.device import DeviceMemoryError
 from ktcompile.runtime.devices import Placer, facts_of
 from ktcompile.runtime.split import SplitExperts
 from ktcompile.runtime.streaming import Streaming
-from ktcompile.runtime.streams import CpuStreams, Streams
+from ktcompile.runtime.streams import CpuStreams, Stream, Streams
 
 WITH_KERNELS = [name for name in FORMATS if name != "int8_dyn"]
 
@@ -196,15 +196,53 @@ def test_spans_are_known_once_the_products_are_there() -> None:
     experts = random_layer().pack()
     both, _ = split(experts, 2)
     place(both, 2)
-    for _ in range(2):  # of the first call the clocks may not be tied yet
+    for _ in range(100):  # until the clocks are tied: until what was sent had to be waited for
         inputs = [t.to(DEVICE) for t in random_inputs(2)]
         products = both.memory.begin(*inputs)
         assert products.span() is None
         both.device.fetch(*inputs).wait()
         products.add(both.memory.select([3, 4]))
         products.result().cpu()
-    began, ended = products.span()
+        if span := products.span():
+            break
+    began, ended = span
     assert 0 < ended - began < 60
+
+
+class FaultyStream:
+    """A stream of the CPU that cannot be used as often as `faults` says."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self.faults = stream, 0
+        self.after, self.keep, self.mark = stream.after, stream.keep, stream.mark
+
+    def run(self) -> AbstractContextManager[None]:
+        if self.faults:
+            self.faults -= 1
+            raise RuntimeError("fault")
+        return self._stream.run()
+
+
+class FaultyStreams(CpuStreams):
+    """Streams whose copies of experts may fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy_in = self.copy_out = self.faulty = FaultyStream(self.compute)
+
+
+def test_experts_that_fail_to_arrive_are_the_cpus(caplog: pytest.LogCaptureFixture) -> None:
+    layer = random_layer()
+    experts = layer.pack()
+    faulty = FaultyStreams()
+    device = CudaDevice(2 * experts.native.expert_nbytes, faulty)
+    experts.split = both = SplitExperts(experts, device, streaming=Streaming(from_tokens=1, experts=1))
+    faulty.faulty.faults = 2
+    with caplog.at_level("WARNING", "ktcompile"):
+        got = moe(*random_inputs(7), experts)
+    assert_close(got, layer, random_inputs(7))
+    assert caplog.text.count("is computed by the CPU: fault") == 2 and device.used_bytes == 0
+    assert both.activity.bytes_streamed == (EXPERTS - 2) * experts.native.expert_nbytes
 
 
 LAYERS: dict[str, tuple[Layer, PackedExperts]] = {}
@@ -225,7 +263,10 @@ class Moves(RuleBasedStateMachine):
             LAYERS[weight_format] = layer, layer.pack()
         self.source, plain = LAYERS[weight_format]
         self.bytes, self.experts = raw(plain), self.source.pack()
-        self.layer, self.device = split(self.experts, room, keep_cpu_copy=keep, streaming=streaming)
+        self.streams = FaultyStreams() if DEVICE.type == "cpu" else streams()
+        self.device = CudaDevice(room * self.experts.native.expert_nbytes, self.streams)
+        self.layer = SplitExperts(self.experts, self.device, keep_cpu_copy=keep, streaming=streaming)
+        self.experts.split = self.layer
         self.under_way: list[tuple[SplitCall, tuple[torch.Tensor, ...]]] = []
 
     @rule(expert=st.integers(0, EXPERTS - 1))
@@ -240,6 +281,15 @@ class Moves(RuleBasedStateMachine):
     def demote(self, expert: int) -> None:
         if expert in self.layer.resident - self.layer.moving:
             self.layer.demote(expert)
+
+    @rule(faults=st.integers(0, 2))
+    def fail(self, faults: int) -> None:
+        """Let some of the next copies fail."""
+        self._fail(faults)
+
+    def _fail(self, faults: int) -> None:
+        if isinstance(self.streams, FaultyStreams):
+            self.streams.faulty.faults = faults
 
     @rule()
     def poll(self) -> None:
@@ -267,12 +317,14 @@ class Moves(RuleBasedStateMachine):
         for call, _ in getattr(self, "under_way", ()):
             call.finish(torch.zeros(1, HIDDEN, device=DEVICE))
         if hasattr(self, "layer"):
+            self.layer.settle()  # copies that were begun may still fail
+            self._fail(0)
             self.layer.dissolve()
             assert torch.equal(raw(self.experts), self.bytes)
 
 
 TestMoves = Moves.TestCase
-TestMoves.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
+TestMoves.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
 
 
 @pytest.fixture(autouse=True)
