@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.compare import assert_exact, assert_reduction, relative_error
 from helpers.layers import EXPERTS, HIDDEN, Layer, random_inputs, random_layer
+from helpers.moe_models import build, decorated_experts_classes, moe_case
 from helpers.triton_device import DEVICE
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ktcompile.ops import PackedExperts, moe
 from ktcompile.plan.facts import MoeLayerFacts
 from ktcompile.quant import FORMATS
-from ktcompile.runtime import cuda_measure
+from ktcompile.runtime import cuda_measure, devices
 from ktcompile.runtime.call import SplitCall
 from ktcompile.runtime.cuda import CudaDevice
 from ktcompile.runtime.cuda_streams import CudaStreams
@@ -186,6 +187,24 @@ def test_a_model_is_placed_by_what_was_measured(monkeypatch: pytest.MonkeyPatch)
     assert min(measured.bandwidth, measured.flops, measured.overhead, link.bandwidth) > 0
     nothing, _ = device_for(experts, 0).hardware(experts, facts(experts))
     assert nothing.bandwidth > 0
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU test_cuda_models.py does it")
+def test_a_compiled_model_runs_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice(1 << 30, CpuStreams())
+    monkeypatch.setattr(devices, "cuda_device", lambda memory_bytes: device)
+    for name in ("_CALLS", "_ROWS"):
+        monkeypatch.setattr(cuda_measure, name, 2)
+    devices.device_for.cache_clear()
+    (found,) = (c for c in decorated_experts_classes() if c[0].split(".")[-2] == "qwen3_moe")
+    model, kwargs = build(moe_case(*found))
+    options = {"inner": "eager", "device": "cuda", "placement": "uniform", "stream_from": 0}
+    with torch.no_grad():
+        wanted = model(**kwargs).logits
+        got = torch.compile(model, backend="kt", options=options)(**kwargs).logits
+    devices.device_for.cache_clear()
+    assert device.used_bytes > 0
+    assert relative_error(got, wanted) < 1e-5
 
 
 def facts(experts: PackedExperts) -> MoeLayerFacts:
