@@ -42,6 +42,9 @@ class ScaleType(enum.Enum):
 class Format:
     def __init__(self, layout: Layout, group: int, scale: ScaleType, zero_points: bool) -> None: ...
 
+    @property
+    def scale(self) -> ScaleType: ...
+
 class MaskType(enum.Enum):
     none = 0
 
@@ -123,6 +126,25 @@ class Experts:
 
     def copy(self, expert: int, source: Experts, source_expert: int) -> None:
         """Takes over an expert from a layer of the same shape and format."""
+
+    @property
+    def format(self) -> Format: ...
+
+    @property
+    def parts(self) -> list[int]:
+        """
+        Bytes of an expert as `read` writes them: of each slice gate_up, its bias, down, its bias.
+        """
+
+    def read(self, expert: int, to: int) -> None:
+        """
+        Writes an expert's bytes to an address, where there is room for all `parts`.
+        """
+
+    def write(self, expert: int, source: int) -> None:
+        """
+        Takes over an expert's weights from the bytes that `read` wrote; its bias stays.
+        """
 
     def fill(self, expert: int, byte: int) -> None:
         """Overwrites an expert's weights."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("copy", "take")
 INNER = ("inductor", "eager")
-DEVICES = ("none", "stand-in")
+DEVICES = ("none", "stand-in", "cuda")
 PLACEMENTS = ("adaptive", "uniform", "front", "random", "frequency", "counts")
 NEED_PROFILE = ("frequency", "counts")
 _PATHS = ("dump_graphs", "routing_profile")
@@ -30,9 +30,9 @@ Replan = tuple[tuple[str, float], ...]
 class DeviceOptions:
     """Which experts a device has, and how they move.
 
-    device: "none", or "stand-in", a device without a GPU that imitates one with its own memory, for trials and tests.
+    device: "none"; "cuda", the current GPU; or "stand-in", which imitates one with memory of its own, to try and test.
     device_expert_fraction: of each layer's experts, how many the device holds. device_memory: its bytes; None: as
-    many as that takes. keep_cpu_copy: experts on the device stay with the CPU too.
+    many as that takes, but no more than a GPU has free. keep_cpu_copy: experts on the device stay with the CPU too.
     placement: which experts those are: "adaptive", by what routers choose while the model runs, or "uniform", "front",
     "random", and, by a recorded profile, "frequency" and "counts". routing_profile: its file.
     stream_from: calls of so many tokens copy the CPU's experts through the device; None: from where that is faster;

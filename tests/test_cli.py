@@ -26,6 +26,7 @@ from ktcompile.models import tiny_model
 from ktcompile.ops import reference
 from ktcompile.quant import FORMATS
 from ktcompile.runtime import self_check
+from ktcompile.runtime.cuda_support import why_not
 
 KTC = Path(sys.executable).with_name("ktc")
 PROMPT = "def fibonacci(n):"
@@ -100,6 +101,7 @@ def test_doctor_describes_the_machine_and_passes(capsys):
     expected = os.environ.get("KTCOMPILE_EXPECT_ISAS", "scalar").split(",")
     assert set(expected) <= set(report["machine"]["isas"]) <= set(report["isas_built"])
     assert report["backend_registered"] and report["experts_registered"]
+    assert report["cuda"] == (why_not() or "usable")
     assert report["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in report["versions"]["torch"]
     assert 0 < report["memory_available_bytes"] < report["machine"]["memory_bytes"]
     for isa in machine().isas:
@@ -115,7 +117,16 @@ def test_doctor_prints_tables_for_people(capsys):
     assert cli.main(["doctor", "--quick"]) == 0
     out = capsys.readouterr().out
     assert "all is well" in out
-    for word in ("ISA in use", "NUMA nodes", "GB/s", "GFLOP/s", "registered", *machine().isas, *FORMATS):
+    for word in (
+        "ISA in use",
+        "NUMA nodes",
+        "GB/s",
+        "GFLOP/s",
+        "registered",
+        'device "cuda"',
+        *machine().isas,
+        *FORMATS,
+    ):
         assert word in out
 
 

@@ -14,12 +14,12 @@ from ktcompile.ops.triton import BlockCache, Rotary, device_experts, route
 from ktcompile.ops.triton.attention import decode_launches, prefill_launch
 from ktcompile.ops.triton.kv import store_launch
 from ktcompile.ops.triton.launch import Launch
-from ktcompile.ops.triton.moe import BLOCK_ROWS, launches
+from ktcompile.ops.triton.moe import BLOCK_ROWS, product_launches, sum_launch
 from ktcompile.quant import FORMATS
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
-MOE_FORMATS = ("bf16", "fp8", "int4_g128_zp", "mxfp4")
+MOE_FORMATS = ("bf16", "int8", "fp8", "int4_g128_zp", "mxfp4")
 
 
 def moe_launches(weight_format: str, activation: Activation, *, bias: bool = False) -> list[Launch]:
@@ -33,7 +33,9 @@ def moe_launches(weight_format: str, activation: Activation, *, bias: bool = Fal
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
     routing = route(ids, torch.arange(experts, dtype=torch.int32), experts, BLOCK_ROWS)
     x = torch.zeros(tokens, hidden, dtype=dtype)
-    return list(launches(x, torch.zeros(tokens, top_k), layer, routing, torch.empty_like(x)))
+    products = torch.zeros(tokens * top_k, hidden)
+    total = sum_launch(products, torch.zeros(tokens, top_k), routing.resident, torch.empty_like(x))
+    return [*product_launches(x, products, layer, routing), total]
 
 
 @pytest.mark.slow

@@ -45,8 +45,9 @@ class Diagnosis:
     """All that `ktc doctor` finds.
 
     isa_reason: why `machine.isa` was chosen. memory_available_bytes: None where the system does not tell.
-    versions: of libraries; None for one that is not installed. backend_registered: whether torch.compile finds
-    the backend "kt". experts_registered: whether transformers has the experts implementation "kt".
+    cuda: "usable", or why the device "cuda" cannot be used. versions: of libraries; None for one that is not
+    installed. backend_registered: whether torch.compile finds the backend "kt". experts_registered: whether
+    transformers has the experts implementation "kt".
     """
 
     machine: Machine
@@ -54,6 +55,7 @@ class Diagnosis:
     isa_reason: str
     memory_available_bytes: int | None
     threads: int
+    cuda: str
     versions: dict[str, str | None]
     backend_registered: bool
     experts_registered: bool
@@ -102,6 +104,7 @@ def diagnose(quick: bool) -> Diagnosis:
     from ktcompile import _native, env, get_num_threads
     from ktcompile.machine import machine
     from ktcompile.runtime import self_check
+    from ktcompile.runtime.cuda_support import why_not
 
     facts, threads = machine(), get_num_threads()
     activations = self_check.QUICK_ACTIVATIONS if quick else self_check.ACTIVATIONS
@@ -111,6 +114,7 @@ def diagnose(quick: bool) -> Diagnosis:
         isa_reason="KTCOMPILE_ISA" if env.read().isa else "measured",
         memory_available_bytes=_memory_available(),
         threads=threads,
+        cuda=why_not() or "usable",
         versions={"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
         backend_registered=_backend_registered(),
         experts_registered=_experts_registered(),
@@ -191,6 +195,7 @@ def _machine_table(diagnosis: Diagnosis) -> Table:
         "NUMA nodes": str(machine.numa_nodes),
         "memory": memory,
         "GPUs": ", ".join(machine.gpus) or "none",
+        'device "cuda"': diagnosis.cuda,
         **{name: version or "not installed" for name, version in diagnosis.versions.items()},
         'torch.compile backend "kt"': "registered" if diagnosis.backend_registered else "missing",
         'experts implementation "kt"': "registered" if diagnosis.experts_registered else "missing",

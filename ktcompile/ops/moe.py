@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ktcompile.ops.experts import PackedExperts, from_handle
-from ktcompile.ops.library import LIBRARY, register_without_backward
+from ktcompile.ops.library import BETWEEN_CUDA_GRAPHS, LIBRARY, register_without_backward
 from ktcompile.ops.observer import observe
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
@@ -25,7 +25,7 @@ for _schema in (
     "experts(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj,"
     " Tensor? gate_up_bias, Tensor? down_bias, str spec) -> Tensor",
 ):
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_schema, tags=BETWEEN_CUDA_GRAPHS)
 
 
 def moe(
@@ -100,13 +100,11 @@ def _place(where: torch.device) -> str:
     return "the CPU" if where == _CPU else str(where)
 
 
-@torch.library.impl(LIBRARY, "moe", "CPU")
-def _moe_cpu(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
+def _moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     return _anywhere(x, ids, weights, from_handle(handle))
 
 
-@torch.library.impl(LIBRARY, "experts", "CPU")
-def _experts_cpu(
+def _experts(
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
@@ -123,6 +121,11 @@ def _experts_cpu(
 def _anywhere(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
     """Run experts that may lie on two sides."""
     if experts.split is None:
+        if x.device != _CPU:
+            raise ValueError(
+                f"hidden_states is on {x.device}, but {experts.label} is the CPU's alone; compile the model with "
+                'options={"device": "cuda"}, or move it to the CPU'
+            )
         result = run(x, ids, weights, experts)  # it refuses ids that none can count
         observe(experts, ids)
         return result
@@ -140,5 +143,7 @@ def _experts_fake(x: torch.Tensor, *others: object) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-for _name in ("moe", "experts"):
+for _name, _function in (("moe", _moe), ("experts", _experts)):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _function, _key)
     register_without_backward(_name)

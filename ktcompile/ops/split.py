@@ -2,8 +2,9 @@
 
 `kt::moe_submit` begins the CPU's part and returns a ticket at once; `kt::moe_resident` computes the device's part;
 `kt::moe_wait` adds the CPU's. Each takes what the one before it returned, so that no compiler changes their order, and
-the hidden states, so that none overwrites them before the end. Which experts are where is asked when a layer is
-submitted and holds for its ticket: it is data, so that no graph changes when experts move.
+the hidden states, so that none overwrites them before the end. The ticket is on the CPU, wherever the other tensors
+are. Which experts are where is asked when a layer is submitted and holds for its ticket: it is data, so that no graph
+changes when experts move.
 
 Shape suffixes: T tokens, K top_k, H hidden_size.
 """
@@ -17,14 +18,14 @@ from typing import Protocol
 import torch
 
 from ktcompile.ops.experts import from_handle
-from ktcompile.ops.library import LIBRARY, register_without_backward
+from ktcompile.ops.library import BETWEEN_CUDA_GRAPHS, LIBRARY, register_without_backward
 
 for _schema in (
     "moe_submit(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor experts) -> Tensor",
     "moe_resident(Tensor hidden_states, Tensor topk_weights, Tensor ticket) -> Tensor",
     "moe_wait(Tensor hidden_states, Tensor resident, Tensor ticket) -> Tensor",
 ):
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(_schema, tags=BETWEEN_CUDA_GRAPHS)
 
 
 class Submitted(Protocol):
@@ -58,7 +59,6 @@ _tickets = itertools.count(1)
 _latest = threading.local()  # tickets: of this thread, by layer
 
 
-@torch.library.impl(LIBRARY, "moe_submit", "CPU")
 def _submit(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
     experts = from_handle(handle)
     layer = experts.split
@@ -74,7 +74,6 @@ def _submit(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, 
     return torch.tensor([number], dtype=torch.int64)
 
 
-@torch.library.impl(LIBRARY, "moe_resident", "CPU")
 def _resident(x_TH: torch.Tensor, weights_TK: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
     call = _under_way[int(ticket)]
     try:
@@ -84,7 +83,6 @@ def _resident(x_TH: torch.Tensor, weights_TK: torch.Tensor, ticket: torch.Tensor
         raise
 
 
-@torch.library.impl(LIBRARY, "moe_wait", "CPU")
 def _wait(x_TH: torch.Tensor, resident_TH: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
     return _under_way.pop(int(ticket)).finish(resident_TH)
 
@@ -104,5 +102,7 @@ def _wait_fake(x: torch.Tensor, resident: torch.Tensor, ticket: torch.Tensor) ->
     return x.new_empty(x.shape)
 
 
-for _name in ("moe_submit", "moe_resident", "moe_wait"):
+for _name, _function in (("moe_submit", _submit), ("moe_resident", _resident), ("moe_wait", _wait)):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_name, _function, _key)
     register_without_backward(_name)

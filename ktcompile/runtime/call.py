@@ -70,7 +70,7 @@ class SplitCall:
         layer.begin_call()
         self._fetched = layer.device.fetch(x_TH, ids_TK, weights_TK)
         self._cpu_span: tuple[float, float] | None = None
-        self._device_span: tuple[float, float] | None = None
+        self._products: Products | None = None
         self._cpu: Future[torch.Tensor | None] = _submitter().submit(self._compute)
         self._left: list[int] = []
 
@@ -79,20 +79,20 @@ class SplitCall:
         state, memory = self._state, self._layer.memory
         if not state.resident and not state.streamed:
             return torch.zeros_like(x_TH)
-        products = memory.begin(x_TH, self._ids_TK, weights_TK)
+        products = self._products = memory.begin(x_TH, self._ids_TK, weights_TK)
         if state.resident:
             products.add(state.selection)
         if state.streamed:
             self._stream(products)
-        result = products.result()
-        self._device_span = products.span()
-        return result
+        return products.result()
 
     def finish(self, resident_TH: torch.Tensor) -> torch.Tensor:
         """Return the sum of both parts once the CPU's is there. Where one has all the work, its result is the sum."""
         try:
             cpu_TH = self._cpu.result()
-            self._layer.activity.time(self._cpu_span, self._device_span)
+            # A device that computes beside this thread may not be done yet; this call then is not one that is timed.
+            span = None if self._products is None else self._products.span()
+            self._layer.activity.time(self._cpu_span, span)
             if self._left:
                 left_TH = self._run(only(self._left, len(self._state.cpu_id) - 1))
                 cpu_TH = left_TH if cpu_TH is None else cpu_TH + left_TH

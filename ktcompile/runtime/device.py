@@ -1,6 +1,6 @@
 """What the runtime asks of a device: memory under a budget, copies that run beside the work, and experts' products.
 
-`ktcompile.runtime.stand_in` has the one without a GPU.
+`ktcompile.runtime.cuda` is a GPU, `ktcompile.runtime.stand_in` has the one without.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from ktcompile.ops.experts import PackedExperts
+from ktcompile.plan.facts import MoeLayerFacts
+from ktcompile.plan.hardware import Link, Processor
 
 
 class DeviceMemoryError(RuntimeError):
@@ -113,6 +115,10 @@ class Device(Protocol):
 
         What is fetched stays as it is when the tensors are overwritten.
         """
+        ...
+
+    def hardware(self, like: PackedExperts, facts: MoeLayerFacts) -> tuple[Processor, Link]:
+        """Return how fast the device and the way to it are at a layer's experts. Memory has been set aside for them."""
         ...
 
     def deliver(self, tensor: torch.Tensor) -> torch.Tensor:

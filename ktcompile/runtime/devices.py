@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
@@ -16,14 +15,15 @@ from ktcompile.plan.replan import ReplanConfig
 from ktcompile.plan.streaming import streaming_threshold
 from ktcompile.runtime.adaptive import AdaptivePlacement
 from ktcompile.runtime.calibrate import measured_cpu
-from ktcompile.runtime.device import Device
+from ktcompile.runtime.cuda_support import cuda_device
+from ktcompile.runtime.device import Device, DeviceMemoryError
 from ktcompile.runtime.split import SplitExperts
 from ktcompile.runtime.stand_in import StandInDevice, WallClock
 from ktcompile.runtime.streaming import Streaming
 
 # More than any experts take.
 _UNLIMITED = 1 << 60
-# What the stand-in stands for, but for the CPU, which is measured.
+# What the stand-in stands for.
 _HARDWARE = preset("4090-ddr5")
 # Copies of this size reach the link's speed; more would only take memory from experts that stay.
 _BUFFER_BYTES = 64 << 20
@@ -33,9 +33,11 @@ _MOST_BUFFERED = 0.25
 
 @functools.cache
 def device_for(kind: str, memory_bytes: int | None) -> Device:
-    """Return the device of a kind and a budget, which all graphs share. ValueError: there is no such kind."""
+    """Return the device of a kind and a budget, which all graphs share. ValueError: there is none of this kind."""
+    if kind == "cuda":
+        return cuda_device(memory_bytes)
     if kind != "stand-in":
-        raise ValueError(f"device {kind!r} is unknown; there is stand-in")
+        raise ValueError(f"device {kind!r} is unknown; there are cuda and stand-in")
     assert _HARDWARE.link is not None
     return StandInDevice(_UNLIMITED if memory_bytes is None else memory_bytes, _HARDWARE.link, WallClock())
 
@@ -84,7 +86,6 @@ class Placer:
             if isinstance(experts.split, SplitExperts):
                 experts.split.dissolve()
         facts = facts_of(layers, top_k)
-        hardware = self._hardware or replace(_HARDWARE, cpu=measured_cpu(layers[0], facts.layers[0]))
         free = self._device.memory_bytes - self._device.used_bytes
         buffered = self._buffered(facts, free)
         wanted = budget_of(facts, self._fraction)
@@ -97,6 +98,7 @@ class Placer:
                 self._device.name,
             )
         self._device.set_aside(layers, budget + buffered)
+        hardware = self._hardware or self._measured(layers[0], facts.layers[0])
         plan = place(self._strategy, facts, hardware, budget, self._profile)
         split = []
         for experts, layer, resident in zip(layers, facts.layers, plan.resident, strict=True):
@@ -105,7 +107,11 @@ class Placer:
             experts.split = split[-1]
             split[-1].placed_by = self._key
             for expert in resident:
-                split[-1].promote(expert)
+                try:
+                    split[-1].promote(expert)
+                except DeviceMemoryError as error:  # it had less than it was thought to have
+                    logger.warning("%s: experts stay with the CPU, expert %d first: %s", experts.label, expert, error)
+                    break
             split[-1].settle()
         if self._strategy == "adaptive":
             split[0].adaptive = AdaptivePlacement(split, facts, hardware, budget, self._config, self._profile)
@@ -115,6 +121,10 @@ class Placer:
         first = layers[0].split
         if isinstance(first, SplitExperts) and first.adaptive is not None:
             first.adaptive.step()
+
+    def _measured(self, like: PackedExperts, facts: MoeLayerFacts) -> Hardware:
+        device, link = self._device.hardware(like, facts)
+        return Hardware("this machine", measured_cpu(like, facts), device, link)
 
     def _buffered(self, facts: ModelFacts, free: int) -> int:
         """Return how many bytes the two buffers have, 0 where nothing is streamed or memory is short."""

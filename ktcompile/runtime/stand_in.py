@@ -18,11 +18,15 @@ import torch
 from ktcompile import _native
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.moe import launch
-from ktcompile.plan.hardware import Link
+from ktcompile.plan.facts import MoeLayerFacts
+from ktcompile.plan.hardware import Link, Processor, preset
 from ktcompile.runtime.call import only
 from ktcompile.runtime.device import CopyError, DeviceMemoryError
 
 _NO_NUMBER = 0xFF  # NaN in floats and in scales
+_MACHINE = preset("4090-ddr5")
+assert _MACHINE.device is not None
+_STANDS_FOR = _MACHINE.device
 
 
 class Clock(Protocol):
@@ -134,6 +138,10 @@ class StandInDevice:
     def deliver(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor, which is where it should be."""
         return tensor
+
+    def hardware(self, like: PackedExperts, facts: MoeLayerFacts) -> tuple[Processor, Link]:
+        """Return the GPU that it stands for, and its link."""
+        return _STANDS_FOR, self.link
 
     def experts(self, like: PackedExperts) -> StandInExperts:
         """Return room for experts of a layer, none of which it holds yet."""

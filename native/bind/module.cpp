@@ -141,7 +141,8 @@ NB_MODULE(_native, m) {
             kt::check_format(format);
             new (self) kt::weight_format(format);
           },
-          "layout"_a, "group"_a, "scale"_a, "zero_points"_a);
+          "layout"_a, "group"_a, "scale"_a, "zero_points"_a)
+      .def_ro("scale", &kt::weight_format::scale);
   nb::enum_<kt::mask_type>(m, "MaskType")
       .value("none", kt::mask_type::none)
       .value("boolean", kt::mask_type::boolean)
@@ -266,6 +267,25 @@ NB_MODULE(_native, m) {
             self.copy(expert, source, source_expert);
           },
           "expert"_a, "source"_a, "source_expert"_a, "Takes over an expert from a layer of the same shape and format.")
+      .def_prop_ro("format", [](const kt::experts& self) { return self.format; })
+      .def_prop_ro("parts", &kt::experts::parts,
+                   "Bytes of an expert as `read` writes them: of each slice gate_up, its bias, down, its bias.")
+      .def(
+          "read",
+          [](const kt::experts& self, int expert, std::uintptr_t to) {
+            check_expert(self, expert);
+            const nb::gil_scoped_release nogil;
+            self.read(expert, address<char>(to));
+          },
+          "expert"_a, "to"_a, "Writes an expert's bytes to an address, where there is room for all `parts`.")
+      .def(
+          "write",
+          [](kt::experts& self, int expert, std::uintptr_t source) {
+            check_expert(self, expert);
+            const nb::gil_scoped_release nogil;
+            self.write(expert, address<char>(source));
+          },
+          "expert"_a, "source"_a, "Takes over an expert's weights from the bytes that `read` wrote; its bias stays.")
       .def(
           "fill",
           [](kt::experts& self, int expert, unsigned char byte) {

@@ -72,6 +72,21 @@ void experts::copy(int expert, const experts& from, int from_expert) {
   }
 }
 
+std::vector<std::size_t> experts::parts() const {
+  std::vector<std::size_t> all;
+  for (const expert_slice& s : slices)
+    for (const packed_weight* w : {&s.gate_up, &s.down}) all.insert(all.end(), {w->expert_bytes(), w->bias_bytes()});
+  return all;
+}
+
+void experts::read(int expert, char* to) const {
+  for (const expert_slice& s : slices) to = s.down.read(expert, s.gate_up.read(expert, to));
+}
+
+void experts::write(int expert, const char* from) {
+  for (expert_slice& s : slices) from = s.down.write(expert, s.gate_up.write(expert, from));
+}
+
 void experts::fill(int expert, unsigned char byte) {
   for (expert_slice& s : slices) {
     s.gate_up.fill(expert, byte);

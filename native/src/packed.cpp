@@ -372,6 +372,16 @@ void packed_weight::copy(int expert, const packed_weight& from, int from_expert)
   std::memcpy(bias_.as<char>(expert * size), from.bias_.as<char>(from_expert * size), size);
 }
 
+char* packed_weight::read(int expert, char* to) const {
+  to = std::copy_n(data_.as<const char>(expert * expert_bytes()), expert_bytes(), to);
+  return std::copy_n(bias_.as<const char>(expert * bias_bytes()), bias_bytes(), to);
+}
+
+const char* packed_weight::write(int expert, const char* from) {
+  std::memcpy(data_.as<char>(expert * expert_bytes()), from, expert_bytes());
+  return from + expert_bytes() + bias_bytes();
+}
+
 void packed_weight::fill(int expert, unsigned char byte) {
   std::memset(data_.as<char>(expert * expert_bytes()), byte, expert_bytes());
 }

@@ -71,6 +71,9 @@ void test_copying_of_experts() {
       check(!same(packed, 1, untouched, 1), "filled expert " + describe(c));
       packed.copy(1, other, 2);
       for (int i = 0; i < c.experts; ++i) check(same(packed, i, untouched, i), "experts after copies " + describe(c));
+      std::vector<char> bytes(1 << 20);
+      other.read(2, bytes.data()), packed.fill(1, 0xff), packed.write(1, bytes.data());
+      for (int i = 0; i < c.experts; ++i) check(same(packed, i, untouched, i), "experts after bytes " + describe(c));
     }
   const layer_case c;
   layer_case wider = c;

@@ -11,12 +11,13 @@ from helpers.triton_device import DEVICE, in_poison
 from torch import Tensor
 
 from ktcompile.ops import Activation, ExpertsSpec, reference
-from ktcompile.ops.triton import DeviceExperts, device_experts, moe, route
+from ktcompile.ops.triton import DeviceExperts, Products, device_experts, moe, route
+from ktcompile.ops.triton.routing import max_blocks
 from ktcompile.quant import FORMATS, QuantizedWeight
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 136, 40, 2
 SILU = Activation("silu")
-QUANTISED = [n for n, f in FORMATS.items() if f.layout in ("int4", "fp8", "mxfp4")]
+QUANTISED = [n for n, f in FORMATS.items() if f.layout in ("int8", "int4", "fp8", "mxfp4")]
 ACTIVATIONS = (
     *(Activation(k, g) for k in ("silu", "gelu_tanh", "gelu_erf", "relu", "relu2") for g in (True, False)),
     Activation("gelu_tanh", limit=0.5),
@@ -201,12 +202,46 @@ def test_blocks_cover_every_resident_pair_once() -> None:
         assert sorted(routing.order.tolist()) == list(range(ids.numel()))
 
 
+def test_the_places_of_other_layers_cost_nothing() -> None:
+    """A pool has thousands; blocks are as many as this layer's experts may need, and the same ones."""
+    ids = inputs(40)[1].to(DEVICE)
+    places = torch.tensor([3000, -1, 7, 2999, -1, 0], dtype=torch.int32, device=DEVICE)
+    few = torch.tensor([3, -1, 1, 2, -1, 0], dtype=torch.int32, device=DEVICE)
+    wide, narrow = route(ids, places, 3072, 4), route(ids, few, 4, 4)
+    assert len(wide.expert) == max_blocks(ids.numel(), EXPERTS, 4) == len(narrow.expert)
+    for name in ("order", "begin", "end"):
+        assert torch.equal(getattr(wide, name), getattr(narrow, name)), name
+    renamed = {3000: 3, 7: 1, 2999: 2, 0: 0, -1: -1}
+    assert [renamed[place] for place in wide.expert.tolist()] == narrow.expert.tolist()
+
+
+@pytest.mark.parametrize("weight_format", ["fp32", "int4_g32_zp", "int8"])
+def test_experts_in_parts_have_the_same_bits(weight_format: str) -> None:
+    layer, (x, ids, weights) = Layer(weight_format, bias=True), inputs(33)
+    ids[0] = EXPERTS
+    experts = layer.on_device()
+    for parts in ([[0, 1, 2], [3, 4, 5]], [[5], [], [0, 2], [1, 3]]):
+        products = Products(in_poison(x), ids.to(DEVICE), weights.to(DEVICE), experts)
+        for part in parts:
+            places = torch.tensor([e if e in part else -1 for e in range(EXPERTS)], dtype=torch.int32)
+            products.add(places.to(DEVICE))
+        known = [e for part in parts for e in part]
+        every = torch.tensor([e if e in known else -1 for e in range(EXPERTS)], dtype=torch.int32)
+        assert_exact(products.result().cpu(), run(experts, x, ids, weights, every))
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float32, "bf16"), (torch.float32, "fp16")])
+def test_plain_weights_may_be_shorter_than_the_inputs(dtype: torch.dtype, stored: str) -> None:
+    layer = Layer(stored)
+    assert_reduction(run(layer.on_device(), *inputs(3, dtype)), layer.wanted(*inputs(3, dtype)))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     layer, (x, ids, weights) = Layer(), inputs(3)
     experts = layer.on_device()
     for arguments, message in (
         ((x[:, 1:], ids, weights), r"x is \[3, 135\] of torch.float32; it must be \[tokens, 136\]"),
-        ((x.half(), ids, weights), "x is torch.float16, but gate_up is torch.float32"),
+        ((x.half(), ids, weights), "x is torch.float16, which does not hold the numbers of gate_up, torch.float32"),
         ((x.double(), ids, weights), "torch.float64"),
         ((x, ids.float(), weights), "topk_ids"),
         ((x, ids[1:], weights), "topk_ids"),
@@ -227,7 +262,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ((gate_up[:, 1:], down), None, r"gate_up is \[6, 79, 136\]; .* it must be \[6, 80, 136\]"),
         ((gate_up[0], down), None, "experts, rows, columns"),
         ((gate_up.double(), down), None, "gate_up has dtype torch.float64"),
-        ((FORMATS["int8"].quantize(gate_up), down), None, "int8, which has no GPU kernel"),
+        ((FORMATS["int8_dyn"].quantize(gate_up), down), None, "int8_dyn, which has no GPU kernel; these have: fp32"),
         ((gate_up, down), torch.zeros(6, 5), "gate_up_bias"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -7,19 +7,21 @@ except ImportError as error:
 
 from ktcompile.ops.triton.attention import BlockCache, decode_attention, prefill_attention
 from ktcompile.ops.triton.kv import Rotary, store_kv
-from ktcompile.ops.triton.moe import DeviceExperts, device_experts, moe
+from ktcompile.ops.triton.moe import DeviceExperts, Products, device_experts, moe
 from ktcompile.ops.triton.routing import Routing, route
-from ktcompile.ops.triton.weights import DeviceWeight, device_weight
+from ktcompile.ops.triton.weights import DeviceWeight, device_weight, empty_weight
 
 __all__ = [
     "BlockCache",
     "DeviceExperts",
     "DeviceWeight",
+    "Products",
     "Rotary",
     "Routing",
     "decode_attention",
     "device_experts",
     "device_weight",
+    "empty_weight",
     "moe",
     "prefill_attention",
     "route",

@@ -5,7 +5,6 @@ Shape suffixes: T tokens, K top_k, H hidden_size, I intermediate_size, E experts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from ktcompile.quant import QuantizedWeight
 # rows then waste arithmetic, of which there is plenty where weights have to be read for few rows.
 BLOCK_ROWS = 64
 # The sum of a group is an accumulator besides that of the product. Threads have the registers for both where a tile has
-# fewer columns, or more threads: see the choices that depend on `group_size`.
+# fewer columns, or more threads: see the choices that depend on `group_size`. int8 needs some to widen its codes.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -90,37 +89,74 @@ def moe(
 ) -> Tensor:
     """Return the sum over slots with a resident expert of `weight * expert(x)`, [T, H], in `dtype` (None: that of x).
 
-    x_TH: bf16, fp16 or fp32; plain weights must have the same. ids_TK: int32 or int64. weights_TK: floating.
+    x_TH: bf16, fp16 or fp32, which must hold plain weights' numbers. ids_TK: int32 or int64. weights_TK: floating.
     resident_E: int32, where each expert is among the resident ones, or -1; see `route`. The activation is rounded to
     the dtype of x, all else is fp32. The sum is in ascending order of slots, and the result of a token does not
     depend on the rest of the batch, nor on where an expert is, if the same of its experts are resident.
     ValueError: shapes, dtypes or devices do not fit.
     """
-    _check_inputs(x_TH, ids_TK, weights_TK, experts, resident_E)
-    out_TH = torch.empty(x_TH.shape, dtype=dtype or x_TH.dtype, device=x_TH.device)
-    if not ids_TK.numel() or not experts.num_resident:
-        return out_TH.zero_()
-    routing = route(ids_TK, resident_E, experts.num_resident, BLOCK_ROWS)
-    weights_TK = weights_TK.float().contiguous()
-    for launch in launches(x_TH, weights_TK, experts, routing, out_TH):
-        launch.run()
-    return out_TH
+    products = Products(x_TH, ids_TK, weights_TK, experts, dtype)
+    products.add(resident_E)
+    return products.result()
 
 
-def launches(
-    x_TH: Tensor, weights_TK: Tensor, experts: DeviceExperts, routing: Routing, out_TH: Tensor
-) -> Iterator[Launch]:
-    """Yield the three kernels of a call, to be run in order. Arguments as `moe` has checked them."""
-    pairs, hidden, intermediate = weights_TK.numel(), x_TH.shape[1], experts.intermediate_size
-    activated_PI = x_TH.new_empty(pairs, intermediate)
-    products_PH = x_TH.new_empty(pairs, hidden, dtype=torch.float32)
-    yield _first_product(x_TH, activated_PI, experts, routing)
-    yield _second_product(activated_PI, products_PH, experts, routing)
-    columns = 1024
-    yield Launch(
+class Products:
+    """The products of a call, whose experts may be made known in several parts.
+
+    Arguments and errors as of `moe`. The result is the same bits, in however many parts it comes.
+    """
+
+    def __init__(
+        self,
+        x_TH: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        experts: DeviceExperts,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_inputs(x_TH, ids_TK, weights_TK, experts)
+        self._x_TH, self._ids_TK, self._weights_TK = x_TH, ids_TK, weights_TK.float().contiguous()
+        self._experts, self._dtype = experts, dtype or x_TH.dtype
+        self._products_PH = x_TH.new_empty(ids_TK.numel(), x_TH.shape[1], dtype=torch.float32)
+        self._resident_P = ids_TK.new_full((ids_TK.numel(),), -1, dtype=torch.int32)
+
+    def add(self, resident_E: Tensor) -> None:
+        """Compute the products of the experts that have a place in `resident_E`; none has come before."""
+        _check_resident(resident_E, self._x_TH.device)
+        if not self._ids_TK.numel() or not self._experts.num_resident:
+            return
+        routing = route(self._ids_TK, resident_E, self._experts.num_resident, BLOCK_ROWS)
+        for launch in product_launches(self._x_TH, self._products_PH, self._experts, routing):
+            launch.run()
+        self._resident_P = torch.maximum(self._resident_P, routing.resident)
+
+    def result(self) -> Tensor:
+        """Return the weighted sum over all that were added, [T, H]."""
+        out_TH = torch.empty(self._x_TH.shape, dtype=self._dtype, device=self._x_TH.device)
+        if not self._ids_TK.numel():
+            return out_TH.zero_()
+        sum_launch(self._products_PH, self._weights_TK, self._resident_P, out_TH).run()
+        return out_TH
+
+
+def product_launches(
+    x_TH: Tensor, products_PH: Tensor, experts: DeviceExperts, routing: Routing
+) -> tuple[Launch, Launch]:
+    """Return the kernels of both products, to be run in order. Arguments as `Products` has checked them."""
+    activated_PI = x_TH.new_empty(len(products_PH), experts.intermediate_size)
+    return (
+        _first_product(x_TH, activated_PI, experts, routing),
+        _second_product(activated_PI, products_PH, experts, routing),
+    )
+
+
+def sum_launch(products_PH: Tensor, weights_TK: Tensor, resident_P: Tensor, out_TH: Tensor) -> Launch:
+    """Return the kernel of the weighted sum. Arguments as `Products` has checked them."""
+    columns, (tokens, hidden) = 1024, out_TH.shape
+    return Launch(
         weighted_sum_kernel,
-        (x_TH.shape[0], -(-hidden // columns)),
-        (products_PH, weights_TK, routing.resident, out_TH, routing.top_k, hidden),
+        (tokens, -(-hidden // columns)),
+        (products_PH, weights_TK, resident_P, out_TH, weights_TK.shape[1], hidden),
         {"BLOCK_N": columns},
     )
 
@@ -158,7 +194,7 @@ def _second_product(activated_PI: Tensor, products_PH: Tensor, experts: DeviceEx
             *_strides(weight),
         ),
         _constants(weight, experts.down_bias, columns),
-        num_warps=8 if weight.format.group_size else 4,
+        num_warps=8 if weight.format.group_size or weight.format.layout == "int8" else 4,
     )
 
 
@@ -191,7 +227,7 @@ def _checked_bias(bias: Tensor | None, shape: tuple[int, int], what: str, device
     return bias.detach().to(device).contiguous()
 
 
-def _check_inputs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: DeviceExperts, resident_E: Tensor) -> None:
+def _check_inputs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: DeviceExperts) -> None:
     hidden = experts.down.shape[1]
     if x_TH.dim() != 2 or x_TH.shape[1] != hidden or x_TH.dtype not in _DTYPES:
         allowed = ", ".join(str(d) for d in _DTYPES)
@@ -204,11 +240,20 @@ def _check_inputs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Dev
     if weights_TK.shape != ids_TK.shape or not weights_TK.is_floating_point():
         found = f"{list(weights_TK.shape)} of {weights_TK.dtype}"
         raise ValueError(f"topk_weights is {found}; it must be {list(ids_TK.shape)} and floating")
+    for weight, what in ((experts.gate_up, "gate_up"), (experts.down, "down")):
+        if weight.scales is None and torch.promote_types(weight.codes.dtype, x_TH.dtype) != x_TH.dtype:
+            raise ValueError(f"x is {x_TH.dtype}, which does not hold the numbers of {what}, {weight.codes.dtype}")
+    _check_one_device(x_TH, ids_TK, weights_TK, experts.down.codes)
+
+
+def _check_resident(resident_E: Tensor, device: torch.device) -> None:
     if resident_E.dim() != 1 or resident_E.dtype != torch.int32:
         raise ValueError(f"resident is {list(resident_E.shape)} of {resident_E.dtype}; it must be [experts] of int32")
-    for weight, what in ((experts.gate_up, "gate_up"), (experts.down, "down")):
-        if weight.scales is None and weight.codes.dtype != x_TH.dtype:
-            raise ValueError(f"x is {x_TH.dtype}, but {what} is {weight.codes.dtype}; they must be the same")
-    devices = {t.device for t in (x_TH, ids_TK, weights_TK, resident_E, experts.down.codes)}
+    if resident_E.device != device:
+        raise ValueError(f"resident is on {resident_E.device}; it must be on {device}, as x")
+
+
+def _check_one_device(*tensors: Tensor) -> None:
+    devices = {t.device for t in tensors}
     if len(devices) > 1:
         raise ValueError(f"the arguments are on {', '.join(sorted(map(str, devices)))}; all must be on one device")

@@ -15,14 +15,15 @@ from ktcompile.quant import FORMATS, QuantizedWeight, WeightFormat
 
 # Columns of a chunk; see kernels/weights.py.
 CHUNK = 64
-LAYOUTS = ("f32", "f16", "bf16", "fp8", "int4", "mxfp4")
+LAYOUTS = ("f32", "f16", "bf16", "int8", "fp8", "int4", "mxfp4")
+HALVED = ("int4", "mxfp4")  # two codes a byte
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceWeight:
     """A weight [S, N, K] in device memory.
 
-    codes: the weight itself, of any strides, for formats without scales; uint8 [S, N, K] for fp8; uint8
+    codes: the weight itself, of any strides, for formats without scales; [S, N, K], int8, and uint8 for fp8; uint8
     [S, C, N, 32] for four bits, where byte j of a chunk has column j in its low bits and j + 32 in its high ones.
     scales: [S, G, N], bf16, fp16 or fp32, whichever is the shortest that is exact; uint8 exponents for mxfp4.
     zeros: uint8 [S, G, N], or None.
@@ -62,16 +63,61 @@ def device_weight(weight: Tensor | QuantizedWeight, device: torch.device, what: 
         raise ValueError(f"{what} is {list(weight.shape)}; it must be [experts, rows, columns]")
     if isinstance(weight, Tensor):
         return _plain(weight.detach(), device, what)
+    check_layout(weight.format, what)
     layout = weight.format.layout
-    if layout not in LAYOUTS:
-        raise ValueError(f"{what} is of format {weight.format.name}, which has no GPU kernel")
-    codes = _chunks(weight.codes) if layout in ("int4", "mxfp4") else weight.codes.contiguous()
+    codes = to_chunks(weight.codes).contiguous() if layout in HALVED else weight.codes.contiguous()
     if layout == "fp8" and ((codes & 0x7F) == 0x7F).any():
         raise ValueError(f"{what} has NaN among its fp8 codes")
     scales = _exponents(weight.scales, what) if layout == "mxfp4" else _shortest(weight.scales)
     zeros = None if weight.zeros is None else weight.zeros.mT.contiguous().to(device)
     shape = (weight.shape[0], weight.shape[1], weight.shape[2])
     return DeviceWeight(weight.format, shape, codes.to(device), scales.mT.contiguous().to(device), zeros)
+
+
+def empty_weight(
+    weight_format: WeightFormat, shape: tuple[int, int, int], scale_dtype: torch.dtype | None, device: torch.device
+) -> DeviceWeight:
+    """Return memory for a weight [S, N, K] on `device`.
+
+    scale_dtype: uint8 for mxfp4, None for formats without scales. ValueError: the format has no kernel.
+    """
+    check_layout(weight_format, "the weight")
+    (slots, rows, columns), storage = shape, weight_format.storage
+
+    def empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(slots, *sizes, dtype=dtype, device=device)
+
+    if storage is not None:
+        return DeviceWeight(weight_format, shape, empty(rows, columns, dtype=storage))
+    assert weight_format.codec is not None and scale_dtype is not None
+    group = weight_format.group_size or columns
+    if weight_format.layout in HALVED:
+        codes = empty(-(-columns // CHUNK), rows, CHUNK // 2, dtype=torch.uint8)
+    else:
+        codes = empty(rows, columns, dtype=weight_format.codec.code_dtype)
+    scales = empty(-(-columns // group), rows, dtype=scale_dtype)
+    zeros = empty(*scales.shape[1:], dtype=torch.uint8) if weight_format.has_zero_points else None
+    return DeviceWeight(weight_format, shape, codes, scales, zeros)
+
+
+def check_layout(weight_format: WeightFormat, what: str) -> None:
+    """ValueError: a format has no kernel; `what` names the weight."""
+    if weight_format.layout not in LAYOUTS:
+        others = ", ".join(name for name, f in FORMATS.items() if f.layout in LAYOUTS)
+        raise ValueError(f"{what} is of format {weight_format.name}, which has no GPU kernel; these have: {others}")
+
+
+def to_chunks(codes: Tensor) -> Tensor:
+    """Return bytes [..., C, N, 32] of nibbles [..., N, K], one a byte; the last chunk ends with zeros."""
+    padded = F.pad(codes, (0, -codes.shape[-1] % CHUNK))
+    low, high = torch.unflatten(padded, -1, (-1, 2, CHUNK // 2)).movedim(-3, -4).unbind(-2)
+    return low.bitwise_or(high << 4)
+
+
+def from_chunks(chunks: Tensor, columns: int) -> Tensor:
+    """Return nibbles [..., N, K], one a byte, of bytes [..., C, N, 32]."""
+    halves = torch.stack((chunks & 0xF, chunks >> 4), -2)
+    return halves.movedim(-4, -3).flatten(-3)[..., :columns]
 
 
 def _plain(weight: Tensor, device: torch.device, what: str) -> DeviceWeight:
@@ -81,14 +127,6 @@ def _plain(weight: Tensor, device: torch.device, what: str) -> DeviceWeight:
         raise ValueError(f"{what} has dtype {weight.dtype}; it must be one of {allowed}")
     shape = (weight.shape[0], weight.shape[1], weight.shape[2])
     return DeviceWeight(by_dtype[weight.dtype], shape, weight.to(device))
-
-
-def _chunks(codes_SNK: Tensor) -> Tensor:
-    """Return bytes [S, C, N, 32] of nibbles [S, N, K]."""
-    padded = F.pad(codes_SNK, (0, -codes_SNK.shape[-1] % CHUNK))
-    chunks = padded.view(*padded.shape[:2], padded.shape[2] // CHUNK, 2, CHUNK // 2)
-    low, high = chunks.movedim(2, 1).unbind(3)
-    return low.bitwise_or(high << 4).contiguous()
 
 
 def _shortest(scales: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ struct experts {
   // Takes over expert `from_expert` of `from`. Throws std::invalid_argument unless both have the same shape, format and
   // slices; the numbers of experts may differ.
   void copy(int expert, const experts& from, int from_expert);
+  // An expert as its bytes: of each slice gate_up, its bias, down and its bias, as long as `parts` says; a bias that is
+  // not there has none. Of what was read, `write` takes over the weights.
+  std::vector<std::size_t> parts() const;
+  void read(int expert, char* to) const;
+  void write(int expert, const char* from);
   void fill(int expert, unsigned char byte);  // with what is no number, where nothing may be read
   void release(int expert) const;             // gives its memory back until it is packed or copied to again
 };

@@ -94,6 +94,10 @@ class packed_weight {
   // Takes over an expert, its bias too, from a weight of the same format and shape, but for the number of experts.
   void copy(int expert, const packed_weight& from, int from_expert);
   void fill(int expert, unsigned char byte);
+  // An expert as its bytes: its panels, and its bias (fp32 [panel][32]) if there is one, to and from other memory.
+  std::size_t bias_bytes() const { return bias_.bytes() ? panels_ * panel_columns * sizeof(float) : 0; }
+  char* read(int expert, char* to) const;           // returns the end of what it wrote
+  const char* write(int expert, const char* from);  // what `read` wrote, but that the bias stays as it is
   // Gives the memory of an expert's weights back until it is packed or copied to again. The bias stays.
   void release(int expert) const { data_.discard(expert * expert_bytes(), expert_bytes()); }
 

@@ -113,7 +113,8 @@ def add_chunk(
         k = chunk * 64 + tl.arange(0, 64)
         at = rows[None, :] * stride_row + k[:, None] * stride_column
         codes = tl.load(codes_ptr + at, mask=row_mask[None, :] & (k < columns)[:, None], other=0)
-        numbers = from_e4m3(codes, low.dtype) if FORMAT == "fp8" else codes
+        # Those of int8, and of plain weights in a dtype that the inputs' holds, are numbers as they are.
+        numbers = from_e4m3(codes, low.dtype) if FORMAT == "fp8" else codes.to(low.dtype)
         if GROUP > 0:
             scales = load_scales(scales_ptr, chunk * 64 // GROUP, rows, row_mask, num_rows, FORMAT)
             acc += dot(low, numbers, tl.zeros_like(acc), INTERPRET) * scales[None, :]
