@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ktcompile.plan.demand import Demand, marginal_savings
-from ktcompile.plan.residency import Moves
+from ktcompile.plan.demand import Demand, marginal_savings, step_seconds, steadying
+from ktcompile.plan.residency import NO_MOVES, Moves
 from ktcompile.plan.table import ExpertTable, Floats, Mask
 
 
@@ -42,6 +42,8 @@ def replan(
 ) -> Moves:
     """Return the moves that save most, each exchange paying for its copies within the horizon.
 
+    An expert whose layer is faster without it leaves the device even if none takes its room.
+
     resident: which experts are on the device [L, E]. link_seconds: for which the link may copy each way, at once in
     both directions. cpu_busy: share of the time in which the CPU reads weights; copies take memory bandwidth away from
     it then, and cost nothing else. passing: experts whose weights are on the device at this moment, as a layer was
@@ -52,7 +54,8 @@ def replan(
     free_LE = resident_LE if passing_LE is None else resident_LE | passing_LE
     # Between experts of a layer that are used about as much, the one whose copy costs nothing comes first.
     ahead = copies * (free_LE.astype(np.float64) + resident_LE) / config.horizon
-    seconds = marginal_savings(table, demand, ahead) * config.horizon
+    pinned = steadying(table, demand, budget_bytes, resident_LE)
+    seconds = marginal_savings(table, demand, ahead, pinned) * config.horizon
     value, hot = seconds.reshape(-1), resident_LE.reshape(-1)
     free = budget_bytes - float(size[hot].sum())
     density = value / size
@@ -65,13 +68,24 @@ def replan(
     outgoing = outgoing[np.argsort(density[outgoing])]
     passes = np.zeros(len(incoming), bool) if passing_LE is None else passing_LE.reshape(-1)[incoming]
     cost = np.repeat(copies, table.shape[1])
-    return _exchange(
+    moves = _exchange(
         _Side(incoming, value, size, np.where(passes, 0.0, cost[incoming])),
         _Side(outgoing, value, size, cost[outgoing]),
         free,
         np.where(passes, 0.0, np.repeat(table.link, table.shape[1])[incoming]),
         link_seconds,
     )
+    return moves if _pays(moves, table, demand, resident_LE, cost, config.horizon) else NO_MOVES
+
+
+def _pays(
+    moves: Moves, table: ExpertTable, demand: Demand, resident_LE: Mask, cost: Floats, horizon: int
+) -> bool:
+    """Return whether moves save more together than their copies cost. What single ones save does not add up exactly."""
+    after = resident_LE.copy()
+    after.reshape(-1)[moves.experts] = moves.to_device
+    saved = step_seconds(table, demand, resident_LE) - step_seconds(table, demand, after)
+    return saved * horizon > cost[moves.experts].sum()
 
 
 class _Side:
@@ -83,24 +97,27 @@ class _Side:
 
 
 def _exchange(into: _Side, out: _Side, free: float, link: Floats, link_seconds: float) -> Moves:
-    """Return the exchange of the first n incoming experts for as many outgoing ones as make room, for the best n."""
+    """Return the exchange of the first n incoming experts for the outgoing ones that make room, for the best n."""
+    link_time = _sums(link)
+    # So many outgoing experts are better gone whatever comes, as far as the link carries them.
+    alone = int(np.argmin(out.value + out.cost))
     # Room for the first n incoming experts is made by the first leaving[n] outgoing ones.
     leaving = np.searchsorted(out.size, into.size - free - 0.5)
     possible = leaving < len(out.size)
-    leaving = np.minimum(leaving, len(out.experts))
-    link_time = _sums(link)
+    leaving = np.maximum(np.minimum(leaving, len(out.experts)), alone)
     gain = into.value - out.value[leaving] - into.cost - out.cost[leaving]
     gain[~possible | (link_time > link_seconds)] = -np.inf
     best = int(np.argmax(gain))
     if gain[best] <= 0:
-        best = 0
+        return NO_MOVES
     ordered, to_device = _in_order(into.experts[:best], out.experts[: leaving[best]], leaving[: best + 1])
-    return Moves(ordered, to_device, float(link_time[best]), float(max(gain[best], 0.0)))
+    return Moves(ordered, to_device, float(link_time[best]), float(gain[best]))
 
 
 def _in_order(into: np.ndarray, out: np.ndarray, leaving: np.ndarray) -> tuple[np.ndarray, Mask]:
     """Return experts so that those that make room for one go just before it."""
-    # An incoming expert n comes after leaving[n + 1] outgoing ones, and after n incoming ones.
+    # An incoming expert n comes after leaving[n + 1] outgoing ones, and after n incoming ones. Those that leave without
+    # making room are first.
     position_in = leaving[1:] + np.arange(len(into))
     ordered = np.empty(len(into) + len(out), dtype=np.int64)
     to_device = np.zeros(len(ordered), dtype=np.bool_)

@@ -28,6 +28,9 @@ class Moves:
         return len(self.experts)
 
 
+NO_MOVES = Moves(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.bool_), 0.0, 0.0)
+
+
 class Residency:
     """The sides of all experts. Each is on exactly one side at any time: a move copies, then switches, then releases.
 
