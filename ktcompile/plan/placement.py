@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ktcompile.plan.demand import Demand, marginal_savings, steadying
+from ktcompile.plan.demand import Demand
 from ktcompile.plan.facts import ModelFacts
 from ktcompile.plan.hardware import Hardware
+from ktcompile.plan.outlook import Outlook
 from ktcompile.plan.plan import Plan
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.table import ExpertTable, Mask, exists
@@ -94,12 +95,9 @@ def _frequency(table: ExpertTable, budget: int, profile: RoutingProfile | None, 
     return mask, f"the experts that save most seconds for each byte by the profile{unused}"
 
 
-def most_saved(table: ExpertTable, demand: Demand, budget: float, pinned: Mask | None = None) -> Mask:
-    """Return the experts that save most within a budget. A larger budget never makes the expected step slower.
-
-    pinned [L, E]: experts that come last.
-    """
-    seconds = marginal_savings(table, demand, pinned=pinned)
+def most_saved(table: ExpertTable, demand: Demand, budget: float) -> Mask:
+    """Return the experts that save most within a budget. A larger budget never makes the expected step slower."""
+    seconds = Outlook(table, demand).marginal_savings()
     order = by_density(seconds, table)
     if demand.touches.any() or demand.prefill_rows.any():
         order = order[seconds.reshape(-1)[order] > 0]
@@ -114,12 +112,7 @@ def _counts(table: ExpertTable, budget: int, profile: RoutingProfile | None, see
 
 
 def _adaptive(table: ExpertTable, budget: int, profile: RoutingProfile | None, seed: int) -> tuple[Mask, str]:
-    if profile is None:
-        mask, reason = _uniform(table, budget, profile, seed)
-    else:
-        demand = Demand.of_profile(profile)
-        mask = most_saved(table, demand, budget, steadying(table, demand, budget))
-        reason = "the experts that save most seconds for each byte by the profile"
+    mask, reason = (_uniform if profile is None else _frequency)(table, budget, profile, seed)
     return mask, f"{reason}, to be re-planned"
 
 

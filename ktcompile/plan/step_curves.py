@@ -17,62 +17,71 @@ _POINTS = 257
 
 
 class StepCurves:
-    """The seconds of each layer. touched [L]: experts that a step touches. rows: tokens of each of these.
+    """The seconds of each layer. touched [L]: experts that a step touches on average. rows: tokens of each of these.
 
-    A step is taken to touch the same number of experts each time, a whole one.
+    A step is taken to touch the same number of experts each time, a whole one; fewer than one is the chance of one.
     """
 
     def __init__(self, table: ExpertTable, touched: Floats, rows: float) -> None:
-        self._touched = touched
-        self._counts = np.maximum(np.round(touched), 1).astype(int)
-        self._groups = [
-            (int(count), _by_count(table, self._counts == count, touched, rows)) for count in np.unique(self._counts)
-        ]
+        self._touched = np.maximum(touched, 1e-30)[:, None]
+        counts = np.maximum(np.round(touched), 1).astype(int)
+        self._groups = [_Group(table, np.flatnonzero(counts == n), touched, int(n), rows) for n in np.unique(counts)]
 
     def at(self, mean_LN: Floats, variance_LN: Floats) -> Floats:
         """Return the seconds [L, N], given the mean and the variance of how many experts are cold [L, N].
 
         The distribution is a mixture of the narrowest and of a binomial one with that mean.
         """
-        result = np.empty_like(mean_LN)
-        share_LN = np.clip(mean_LN / np.maximum(self._touched[:, None], 1e-30), 0.0, 1.0)
-        for count, seconds in self._groups:
-            layers = self._counts == count
-            share = share_LN[layers]
-            mean = share * count
-            least = (mean - np.floor(mean)) * (np.floor(mean) + 1 - mean)
-            most = mean * (1 - share)
-            part = np.clip((variance_LN[layers] - least) / np.maximum(most - least, 1e-9), 0.0, 1.0)
-            narrow, wide = _at(seconds, share), _at(seconds @ _binomial(count), share)
-            result[layers] = narrow + part * (wide - narrow)
+        share_LN = np.minimum(mean_LN / self._touched, 1.0)
+        if len(self._groups) == 1:
+            return self._groups[0].at(share_LN, variance_LN)
+        result = np.empty_like(share_LN)
+        for group in self._groups:
+            result[group.layers] = group.at(share_LN[group.layers], variance_LN[group.layers])
         return result
 
 
-def _by_count(table: ExpertTable, layers: np.ndarray, touched: Floats, rows: float) -> Floats:
-    """Return the seconds of some layers with 0, 1, ... of all touched experts on the CPU [layers, count + 1]."""
-    count = max(round(float(touched[layers][0])), 1)
-    cold = np.arange(count + 1.0)
-    # A whole number of experts, which take as long together as their mean number.
-    scale = (touched[layers] / count)[:, None]
-    cpu, device = (np.maximum(read[layers], rows * row[layers])[:, None] * scale for read, row in table.sides)
-    work = Work(
-        cold=cold,
-        hot=count - cold,
-        cpu=cold * cpu,
-        device=(count - cold) * device,
-        all_device=count * device,
-        last=device,
-        copy=cold * table.link[layers, None] * scale,
-    )
-    return layer_cost(table.hardware, work).total
+class _Group:
+    """Layers of which a step touches the same number of experts."""
+
+    def __init__(self, table: ExpertTable, layers: np.ndarray, touched: Floats, count: int, rows: float) -> None:
+        self.layers, self._count = layers, count
+        cold = np.arange(count + 1.0)
+        # A whole number of experts, which take as long together as their mean number.
+        scale = np.maximum(touched[layers, None], 1.0) / count
+        cpu, device = (np.maximum(read[layers], rows * row[layers])[:, None] * scale for read, row in table.sides)
+        work = Work(
+            cold=cold,
+            hot=count - cold,
+            cpu=cold * cpu,
+            device=(count - cold) * device,
+            all_device=count * device,
+            last=device,
+            copy=cold * table.link[layers, None] * scale,
+        )
+        self._narrow = layer_cost(table.hardware, work).total * np.minimum(touched[layers, None], 1.0)
+        self._wide = self._narrow @ _binomial(count)
+
+    def at(self, share_LN: Floats, variance_LN: Floats) -> Floats:
+        mean = share_LN * self._count
+        above = mean - np.floor(mean)
+        least, most = above * (1 - above), mean * (1 - share_LN)
+        part = np.minimum(np.maximum((variance_LN - least) / np.maximum(most - least, 1e-9), 0.0), 1.0)
+        narrow, wide = _at(self._narrow, share_LN), _at(self._wide, share_LN)
+        result: Floats = narrow + part * (wide - narrow)
+        return result
 
 
 def _at(curves: Floats, share_LN: Floats) -> Floats:
     """Return the values of curves over 0 to 1 [L, points], between whose points they are straight, at shares [L, N]."""
-    place = share_LN * (curves.shape[1] - 1)
-    left = np.minimum(place.astype(np.int64), curves.shape[1] - 2)
-    low, high = (np.take_along_axis(curves, index, axis=1) for index in (left, left + 1))
-    values: Floats = low + (place - left) * (high - low)
+    points = curves.shape[1]
+    place = share_LN * (points - 1)
+    left = np.minimum(place.astype(np.intp), points - 2)
+    place -= left
+    left += points * np.arange(len(curves))[:, None]
+    flat = curves.reshape(-1)
+    low = flat.take(left)
+    values: Floats = low + place * (flat.take(left + 1) - low)
     return values
 
 
