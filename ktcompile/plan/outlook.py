@@ -53,9 +53,10 @@ class Outlook:
         """
         return self._seconds(self._cold_sums(order_LE))
 
-    def step_seconds(self, resident_LE: Mask) -> float:
-        """Return the seconds of all layers with some experts on the device [L, E]."""
-        return float(self._seconds(np.einsum("qle,le->ql", self._each, ~resident_LE)[:, :, None]).sum())
+    def step_seconds(self, *resident_LE: Mask) -> tuple[float, ...]:
+        """Return the seconds of all layers for each of some placements, masks of what is on the device [L, E]."""
+        cold = np.stack([np.einsum("qle,le->ql", self._each, ~mask) for mask in resident_LE], axis=2)
+        return tuple(self._seconds(cold).sum(axis=0).tolist())
 
     def marginal_savings(
         self, budget_bytes: float = 0.0, resident_LE: Mask | None = None, ahead: Floats | float = 0.0

@@ -98,8 +98,8 @@ def _pays(moves: Moves, outlook: Outlook, resident_LE: Mask, cost: Floats, horiz
     """Return whether moves save more together than their copies cost. What single ones save does not add up exactly."""
     after = resident_LE.copy()
     after.reshape(-1)[moves.experts] = moves.to_device
-    saved = outlook.step_seconds(resident_LE) - outlook.step_seconds(after)
-    return saved * horizon > float(cost[moves.experts].sum())
+    now, then = outlook.step_seconds(resident_LE, after)
+    return (now - then) * horizon > float(cost[moves.experts].sum())
 
 
 class _Side:
