@@ -31,8 +31,9 @@ class Traffic:
 
     kind: one of `KINDS`. model_seed: of the popularities that are the model's own; traces of one model share it.
     lasting, changing: spread of the logarithm of popularity, of the model and of the subject; a spread s alone is
-    Zipf's law with exponent s. rare: spread of a tail of experts that no subject uses much. layer_spread: by how much both vary between layers. prompt, answer: median tokens;
-    prompt_spread, answer_spread: of their logarithms. batch: requests that decode at once.
+    Zipf's law with exponent s. rare: spread of a tail of experts that no subject uses much. layer_spread: by how much
+    the first two vary between layers. prompt, answer: median tokens; prompt_spread, answer_spread: of their logarithms.
+    batch: requests that decode at once.
     forgets: requests until a drifting subject is forgotten. lasts: requests that a topic lasts on average.
     """
 
