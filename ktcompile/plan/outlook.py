@@ -77,7 +77,7 @@ class Outlook:
             # Somewhere the device is the slower side.
             pinned = self.steadying(budget_bytes, resident_LE)
             if pinned.any():
-                order = self._order(ahead - _LAST * pinned)
+                order = self._order(ahead - _LAST * pinned.astype(np.float64))
                 seconds = self.layer_seconds(order)
         gains = np.minimum.accumulate(seconds[:, :-1] - seconds[:, 1:], axis=1)
         # What differs by rounding is no gain.

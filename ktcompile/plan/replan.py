@@ -110,19 +110,19 @@ class _Side:
         self.value, self.size, self.cost, self.link = (_sums(a[experts]) for a in (value, size, cost, link))
 
 
-def _exchange(into: _Side, out: _Side, free: float, to_device: float, to_cpu: float) -> Moves:
+def _exchange(into: _Side, out: _Side, free: float, seconds_in: float, seconds_out: float) -> Moves:
     """Return the exchange of the first n incoming experts for the outgoing ones that make room, for the best n.
 
-    to_device, to_cpu: seconds for which the link may copy each way.
+    seconds_in, seconds_out: for which the link may copy each way.
     """
     # So many outgoing experts are better gone whatever comes, as far as the link carries them.
-    alone = int(np.argmin(np.where(out.link <= to_cpu, out.value + out.cost, np.inf)))
+    alone = int(np.argmin(np.where(out.link <= seconds_out, out.value + out.cost, np.inf)))
     # Room for the first n incoming experts is made by the first leaving[n] outgoing ones.
     leaving = np.searchsorted(out.size, into.size - free - 0.5)
     possible = leaving < len(out.size)
     leaving = np.maximum(np.minimum(leaving, len(out.experts)), alone)
     gain = into.value - out.value[leaving] - into.cost - out.cost[leaving]
-    gain[~possible | (into.link > to_device) | (out.link[leaving] > to_cpu)] = -np.inf
+    gain[~possible | (into.link > seconds_in) | (out.link[leaving] > seconds_out)] = -np.inf
     best = int(np.argmax(gain))
     if gain[best] <= 0:
         return NO_MOVES
