@@ -95,9 +95,12 @@ def _frequency(table: ExpertTable, budget: int, profile: RoutingProfile | None, 
     return mask, f"the experts that save most seconds for each byte by the profile{unused}"
 
 
-def most_saved(table: ExpertTable, demand: Demand, budget: float) -> Mask:
-    """Return the experts that save most within a budget. A larger budget never makes the expected step slower."""
-    seconds = Outlook(table, demand).marginal_savings()
+def most_saved(table: ExpertTable, demand: Demand, budget: float, steady_within: float = 0.0) -> Mask:
+    """Return the experts that save most within a budget. A larger budget never makes the expected step slower.
+
+    steady_within: budget for which experts that most steps use may be left to the CPU (`Outlook.steadying`).
+    """
+    seconds = Outlook(table, demand).marginal_savings(steady_within)
     order = by_density(seconds, table)
     if demand.touches.any() or demand.prefill_rows.any():
         order = order[seconds.reshape(-1)[order] > 0]
@@ -112,7 +115,11 @@ def _counts(table: ExpertTable, budget: int, profile: RoutingProfile | None, see
 
 
 def _adaptive(table: ExpertTable, budget: int, profile: RoutingProfile | None, seed: int) -> tuple[Mask, str]:
-    mask, reason = (_uniform if profile is None else _frequency)(table, budget, profile, seed)
+    if profile is None:
+        mask, reason = _uniform(table, budget, profile, seed)
+    else:
+        mask = most_saved(table, Demand.of_profile(profile), budget, steady_within=budget)
+        reason = "the experts that save most seconds for each byte by the profile"
     return mask, f"{reason}, to be re-planned"
 
 
