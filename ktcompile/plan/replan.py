@@ -64,15 +64,27 @@ def replan(
     it then, and cost nothing else. passing: experts whose weights are on the device at this moment, as a layer was
     streamed, so that to keep them costs no copy; the copies of experts that make room run against the stream.
     """
-    size = np.repeat(table.bytes, table.shape[1])
     copies = (cpu_busy * (1 + config.margin) / table.hardware.cpu.bandwidth) * table.bytes[:, None]
     free_LE = resident_LE if passing_LE is None else resident_LE | passing_LE
     # Between experts of a layer that are used about as much, the one whose copy costs nothing comes first.
     ahead = copies * (free_LE.astype(np.float64) + resident_LE) / config.horizon
-    outlook = Outlook(table, demand)
-    seconds = outlook.marginal_savings(budget_bytes, resident_LE, ahead) * config.horizon
-    value, hot = seconds.reshape(-1), resident_LE.reshape(-1)
-    free = budget_bytes - float(size[hot].sum())
+    passes = np.zeros(resident_LE.size, np.bool_) if passing_LE is None else passing_LE.reshape(-1)
+    cost, outlook = np.repeat(copies, table.shape[1]), Outlook(table, demand)
+    # A steadier share for the CPU may be too many moves away; what is left is to give it what is seldom used.
+    for steady_within in (float(budget_bytes), 0.0):
+        seconds = outlook.marginal_savings(steady_within, resident_LE, ahead) * config.horizon
+        moves = _best(table, seconds.reshape(-1), resident_LE.reshape(-1), budget_bytes, link_seconds, cost, passes)
+        if not len(moves) or _pays(moves, outlook, resident_LE, cost, config.horizon):
+            return moves
+    return NO_MOVES
+
+
+def _best(
+    table: ExpertTable, value: Floats, hot: Mask, budget: int, link_seconds: float, cost: Floats, passes: Mask
+) -> Moves:
+    """Return the moves that save most, given what each expert saves [L * E], by the sum of this."""
+    size, link = (np.repeat(a, table.shape[1]) for a in (table.bytes, table.link))
+    free = budget - float(size[hot].sum())
     density = value / size
     incoming, outgoing = np.flatnonzero(~hot & (value > 0)), np.flatnonzero(hot)
     if free < table.bytes.min():
@@ -81,17 +93,13 @@ def replan(
         outgoing = outgoing[density[outgoing] < density[incoming].max(initial=0.0)]
     incoming = incoming[np.argsort(-density[incoming])]
     outgoing = outgoing[np.argsort(density[outgoing])]
-    passes = np.zeros_like(hot) if passing_LE is None else passing_LE.reshape(-1)
-    cost, link = np.repeat(copies, table.shape[1]), np.repeat(table.link, table.shape[1])
-    to_device, streamed = np.where(passes, 0.0, link), float((passes * link).sum())
-    moves = _exchange(
-        _Side(incoming, value, size, np.where(passes, 0.0, cost), to_device),
+    return _exchange(
+        _Side(incoming, value, size, np.where(passes, 0.0, cost), np.where(passes, 0.0, link)),
         _Side(outgoing, value, size, cost, link),
         free,
         link_seconds,
-        link_seconds + streamed,
+        link_seconds + float((passes * link).sum()),
     )
-    return moves if _pays(moves, outlook, resident_LE, cost, config.horizon) else NO_MOVES
 
 
 def _pays(moves: Moves, outlook: Outlook, resident_LE: Mask, cost: Floats, horizon: int) -> bool:
