@@ -15,6 +15,8 @@ _PINNED = (0, 1, 2, 3, 4, 6, 8)
 _WORTH_PINNING = 0.002
 # Shares of the other experts that are tried beside them.
 _TRIED = np.linspace(0.0, 1.0, 25) ** 2
+# They are looked for where so many times the room would be too much.
+_SOON = 1.25
 # More seconds than any expert saves.
 _LAST = 1e6
 
@@ -71,10 +73,10 @@ class Outlook:
         """
         order = self._order(ahead)
         seconds = self.layer_seconds(order)
-        room = self._room(budget_bytes)
-        within = np.where(np.arange(seconds.shape[1]) <= room[:, None], seconds, np.inf)
-        if (np.argmin(within, axis=1) < room).any():
-            # Somewhere the device is the slower side.
+        # Somewhere the device would soon be the slower side if it had more than there is room for.
+        if (
+            np.argmin(seconds, axis=1) < np.minimum(_SOON * self._room(budget_bytes), self.table.exists.sum(axis=1))
+        ).any():
             pinned = self.steadying(budget_bytes, resident_LE)
             if pinned.any():
                 order = self._order(ahead - _LAST * pinned.astype(np.float64))
