@@ -19,7 +19,8 @@ _POINTS = 257
 class StepCurves:
     """The seconds of each layer. touched [L]: experts that a step touches on average. rows: tokens of each of these.
 
-    A step is taken to touch the same number of experts each time, a whole one; fewer than one is the chance of one.
+    A step is taken to touch the same number of experts each time, a whole one; fewer than one is the chance of one. No
+    cold expert is taken to be streamed in decode.
     """
 
     def __init__(self, table: ExpertTable, touched: Floats, rows: float) -> None:
@@ -59,7 +60,7 @@ class _Group:
             last=device,
             copy=cold * table.link[layers, None] * scale,
         )
-        self._narrow = layer_cost(table.hardware, work).total * np.minimum(touched[layers, None], 1.0)
+        self._narrow = layer_cost(table.hardware, work, "split").total * np.minimum(touched[layers, None], 1.0)
         self._wide = self._narrow @ _binomial(count)
 
     def at(self, share_LN: Floats, variance_LN: Floats) -> Floats:
