@@ -8,8 +8,9 @@ from helpers.placement import SIZE, model, models, random_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktcompile.plan.demand import Demand, step_seconds
+from ktcompile.plan.demand import Demand
 from ktcompile.plan.hardware import PRESETS, Hardware, preset
+from ktcompile.plan.outlook import Outlook
 from ktcompile.plan.placement import STRATEGIES, budget_of, place
 from ktcompile.plan.plan import Plan
 from ktcompile.plan.profile import Phase, RoutingProfile
@@ -26,7 +27,6 @@ def test_a_plan_keeps_to_its_budget_and_is_the_same_again(facts, strategy, fract
     assert plan.device_bytes <= budget
     assert plan == place(strategy, facts, machine, budget, profile, seed)
     assert Plan.of_mask(facts, plan.mask(), budget, strategy, plan.reasons) == plan
-    assert Plan.from_json(plan.to_json(), facts) == plan
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
@@ -63,16 +63,16 @@ def test_what_each_strategy_takes_first():
 
 
 def test_bytes_count_against_what_an_expert_saves():
-    # Reading takes as long as bytes do, so decode saves the same for each byte; more touches decide.
+    # Reading takes as long as bytes do, so decode saves about the same for each byte; more touches decide.
     facts = model(2, 2, sizes=(SIZE, 3 * SIZE))
     profile = RoutingProfile(2, 2)
-    counts = np.array([[10, 5], [9, 6]])
+    counts = np.array([[10, 5], [8, 7]])
     profile.record_counts(counts, counts, 15, 15, Phase.DECODE)
     assert place("frequency", facts, HARDWARE, SIZE, profile).resident == ((0,), ())
     assert place("frequency", facts, HARDWARE, 4 * SIZE, profile).resident == ((0,), (0,))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None)
 @given(models, st.integers(0, 999), hardware, st.integers(0, 5))
 def test_a_larger_budget_never_makes_the_expected_step_slower(facts, seed, machine, prefills):
     profile = random_profile(facts, seed, prefills=prefills)
@@ -81,7 +81,7 @@ def test_a_larger_budget_never_makes_the_expected_step_slower(facts, seed, machi
     for budget in range(0, facts.expert_bytes + SIZE, SIZE):
         mask = place("frequency", facts, machine, budget, profile).mask()
         assert (mask | ~taken).all(), "a larger budget took an expert away"
-        seconds = step_seconds(table, demand, mask)
+        seconds = Outlook(table, demand).step_seconds(mask)[0]
         assert seconds <= before * (1 + 1e-9) + 1e-15
         before, taken = seconds, mask
 
@@ -124,5 +124,3 @@ def test_what_cannot_be_is_refused():
         place("frequency", facts, HARDWARE, 0, RoutingProfile(2, 5))
     with pytest.raises(ValueError, match="from 0 to 1"):
         budget_of(facts, 1.5)
-    with pytest.raises(ValueError, match="not a plan"):
-        Plan.from_json({"resident": [[0], []]}, facts)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from ktcompile.plan.demand import Demand, savings
+from ktcompile.plan.demand import Demand
 from ktcompile.plan.forecast import Forecast
 from ktcompile.plan.hardware import PRESETS, preset
+from ktcompile.plan.outlook import Outlook
 from ktcompile.plan.placement import budget_of, place
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.replan import ReplanConfig, replan
@@ -81,14 +82,53 @@ def test_prefill_rows_count_beside_decode():
     assert not len(replan(table, demand_of(decode), mask, budget, **FREE))
     assert replan(table, with_prefill, mask, budget, **FREE).experts.tolist() == [0, 1]
     # The copy of a streamed expert is the most that its rows may cost.
-    assert savings(table, with_prefill)[0, 1] == pytest.approx(0.2 * SIZE / 70e9 + 0.1 * SIZE / 25e9)
+    assert Outlook(table, with_prefill).savings[0, 1] == pytest.approx(0.2 * SIZE / 70e9 + 0.1 * SIZE / 25e9)
 
 
 def test_where_the_device_is_the_slower_side_it_gets_no_more():
     facts = model(64, top_k=8)
     table = ExpertTable.of(facts, preset("laptop"))
     mask = np.arange(64)[None] < 52
-    assert not len(replan(table, demand_of(np.full((1, 64), 0.5)), mask, facts.expert_bytes, **FREE))
+    assert not replan(table, demand_of(np.full((1, 64), 0.5)), mask, facts.expert_bytes, **FREE).to_device.any()
+
+
+def laptop_layer(resident):
+    facts = model(64, top_k=8)
+    return facts, ExpertTable.of(facts, preset("laptop")), np.arange(64)[None] < resident
+
+
+def test_an_expert_whose_layer_is_faster_without_it_leaves_and_comes_back_when_it_pays():
+    facts, table, everything = laptop_layer(64)
+    even = demand_of(np.full((1, 64), 8 / 64))
+    moves = replan(table, even, everything, facts.expert_bytes, **FREE)
+    assert len(moves) and not moves.to_device.any() and moves.saved > 0
+    after = everything.copy()
+    after.reshape(-1)[moves.experts] = False
+    assert Outlook(table, even).step_seconds(after)[0] < Outlook(table, even).step_seconds(everything)[0]
+    assert not len(replan(table, even, after, facts.expert_bytes, **FREE)), "what left stays away"
+    # Most of what is used now is on the CPU, so that experts come back.
+    turned = demand_of(np.where(after, 0.01, 0.7))
+    back = replan(table, turned, after, facts.expert_bytes, **FREE)
+    assert back.to_device.any()
+
+
+def test_a_slow_device_leaves_the_cpu_a_steady_share():
+    facts, table, mask = laptop_layer(48)
+    # Four experts are used by most steps, sixty by few.
+    touches = np.where(np.arange(64) >= 60, 0.6, 5.6 / 60)[None]
+    pinned = Outlook(table, demand_of(touches)).steadying(facts.expert_bytes)
+    assert 1 <= pinned.sum() <= 4 and not pinned[:, :60].any()
+    moves = replan(table, demand_of(touches), mask, facts.expert_bytes, **FREE)
+    after = mask.copy()
+    after.reshape(-1)[moves.experts] = moves.to_device
+    assert not after[pinned].any() and after.sum() > 48
+    without = demand_of(touches)
+    assert (
+        Outlook(table, without).step_seconds(after)[0]
+        < Outlook(table, without).step_seconds(np.arange(64)[None] >= 13)[0]
+    )
+    # Where the CPU is the slower side it has nothing of what is used most.
+    assert not Outlook(ExpertTable.of(facts, HARDWARE), demand_of(touches)).steadying(facts.expert_bytes / 2).any()
 
 
 @settings(max_examples=80, deadline=None)
@@ -96,31 +136,29 @@ def test_where_the_device_is_the_slower_side_it_gets_no_more():
 def test_moves_keep_the_budget_and_the_link_at_every_point(facts, seed, fraction, link_seconds, machine):
     budget, table = budget_of(facts, fraction), ExpertTable.of(facts, machine)
     residency = Residency(place("random", facts, machine, budget, seed=seed))
-    demand = Demand.of_profile(random_profile(facts, seed))
-    moves = replan(table, demand, residency.resident, budget, link_seconds, ReplanConfig())
+    before, demand = residency.resident, Demand.of_profile(random_profile(facts, seed))
+    moves = replan(table, demand, before, budget, link_seconds, ReplanConfig())
     assert moves.seconds <= link_seconds
-    together = Residency(residency.plan("before"))
-    together.apply(moves)
+    assert len(set(moves.experts.tolist())) == len(moves)
+    side, size = before.copy(), np.repeat(table.bytes, table.shape[1])
     for expert, to_device in zip(moves.experts.tolist(), moves.to_device.tolist(), strict=True):
-        assert residency.begin(expert, to_device)
-        assert residency.used_bytes <= budget
-        residency.finish(expert)
-    assert residency.plan("after") == together.plan("after")
-    value = savings(table, demand)
-    assert (value * together.resident).sum() >= (value * Residency(residency.plan("x")).resident).sum() - 1e-12
+        assert side.reshape(-1)[expert] != to_device
+        side.reshape(-1)[expert] = to_device
+        assert size[side.reshape(-1)].sum() <= budget
+    residency.apply(moves)
+    assert (residency.resident == side).all() and not (side & ~table.exists).any()
+    assert Outlook(table, demand).step_seconds(side)[0] <= Outlook(table, demand).step_seconds(before)[0] * (1 + 1e-9)
 
 
 class Moving(RuleBasedStateMachine):
-    """Random counters, plans and failing copies: every expert stays on one side, within the budget."""
+    """Random counters, prompts and plans: experts exist on one side each, within the budget, and plans come to rest."""
 
-    @initialize(facts=models, fraction=st.floats(0, 1), seed=st.integers(0, 99))
-    def start(self, facts, fraction, seed):
+    @initialize(facts=models, fraction=st.floats(0, 1), seed=st.integers(0, 99), machine=st.sampled_from(list(PRESETS)))
+    def start(self, facts, fraction, seed, machine):
         self.facts, self.rng = facts, np.random.default_rng(seed)
-        self.table = ExpertTable.of(facts, HARDWARE)
-        plan = place("random", facts, HARDWARE, budget_of(facts, fraction), seed=seed)
-        self.residency, self.side = Residency(plan), plan.mask()
+        self.table = ExpertTable.of(facts, preset(machine))
+        self.residency = Residency(place("random", facts, preset(machine), budget_of(facts, fraction), seed=seed))
         self.forecast = Forecast(self.table.shape, self.table.top_k)
-        self.copies, self.waiting = {}, []
 
     @rule(tokens=st.sampled_from([1, 4, 500]))
     def observe(self, tokens):
@@ -128,46 +166,33 @@ class Moving(RuleBasedStateMachine):
         phase = Phase.PREFILL if tokens > 4 else Phase.DECODE
         self.forecast.observe(rows.astype(float), np.minimum(rows, 1.0), float(tokens), 1.0, phase)
 
-    @rule(link=st.floats(0, 0.1))
-    def plan(self, link):
-        demand, budget = self.forecast.demand(), self.residency.budget_bytes
-        moves = replan(self.table, demand, self.residency.resident, budget, link, ReplanConfig())
-        self.waiting = list(zip(moves.experts.tolist(), moves.to_device.tolist(), strict=True))
+    @rule(link=st.floats(0, 0.1), passing=st.booleans())
+    def plan(self, link, passing):
+        demand, budget, before = self.forecast.demand(), self.residency.budget_bytes, self.residency.resident
+        streamed = self.rng.random(self.table.shape) < 0.5 if passing else None
+        moves = replan(self.table, demand, before, budget, link, ReplanConfig(), passing_LE=streamed)
+        kept = before.copy()
+        self.residency.apply(moves)
+        assert (before == kept).all(), "what was read before a move stays as it was"
+        now = Outlook(self.table, demand).step_seconds(self.residency.resident)[0]
+        assert now <= Outlook(self.table, demand).step_seconds(before)[0] * (1 + 1e-9)
 
     @rule()
-    def begin(self):
-        if self.waiting:
-            expert, to_device = self.waiting.pop(0)
-            used, busy = self.residency.used_bytes, expert in self.residency.moving
-            if self.residency.begin(expert, to_device):
-                assert not busy
-                self.copies[expert] = to_device
-            else:
-                assert self.residency.used_bytes == used
-
-    @rule(ok=st.booleans(), which=st.integers(0, 99))
-    def end(self, ok, which):
-        if self.copies:
-            expert = sorted(self.copies)[which % len(self.copies)]
-            to_device = self.copies.pop(expert)
-            if ok:
-                self.residency.finish(expert)
-                self.side.reshape(-1)[expert] = to_device
-            else:
-                self.residency.fail(expert)
+    def rest(self):
+        demand, budget = self.forecast.demand(), self.residency.budget_bytes
+        for _ in range(20):
+            moves = replan(self.table, demand, self.residency.resident, budget, 1e9, ReplanConfig())
+            self.residency.apply(moves)
+            if not len(moves):
+                return
+        raise AssertionError("experts go on moving although nothing changes")
 
     @invariant()
     def sound(self):
-        if not hasattr(self, "residency"):
-            return
-        assert (self.residency.resident == self.side).all()
-        assert self.residency.moving == frozenset(self.copies)
-        assert not (self.residency.resident & ~self.table.exists).any()
-        sizes = np.repeat(self.table.bytes, self.table.shape[1])
-        coming = sum(sizes[e] for e, to_device in self.copies.items() if to_device)
-        assert self.residency.used_bytes == sizes[self.side.reshape(-1)].sum() + coming
-        assert self.residency.used_bytes <= self.residency.budget_bytes
-        assert self.residency.plan("now").device_bytes <= self.residency.budget_bytes
+        if hasattr(self, "residency"):
+            resident = self.residency.resident
+            assert not (resident & ~self.table.exists).any()
+            assert (resident.sum(axis=1) * self.table.bytes).sum() <= self.residency.budget_bytes
 
 
 TestMoving = Moving.TestCase
@@ -176,19 +201,13 @@ TestMoving.settings = settings(max_examples=60, stateful_step_count=30, deadline
 
 def test_moves_that_cannot_be_are_refused():
     residency = Residency(place("uniform", model(4), HARDWARE, 2 * SIZE))
-    assert not residency.begin(0, True), "it is there already"
-    assert not residency.begin(2, True), "there is no room"
-    assert residency.begin(0, False) and not residency.begin(0, False), "it is on its way"
-    assert not residency.begin(2, True), "room is there only once the copy is complete"
-    residency.finish(0)
-    assert residency.begin(2, True)
-    for ended in (residency.finish, residency.fail):
-        with pytest.raises(ValueError, match="not being copied"):
-            ended(3)
-    with pytest.raises(ValueError, match="no expert 4"):
-        residency.begin(4, True)
-    with pytest.raises(AssertionError, match="being copied"):
-        residency.apply(Moves(np.array([1]), np.array([False]), 0.0, 0.0))
+    for expert, to_device, what in ((0, True, "there already"), (2, False, "there already"), (2, True, "more room")):
+        with pytest.raises(AssertionError, match=what):
+            residency.apply(Moves(np.array([expert]), np.array([to_device]), 0.0, 0.0))
+    residency.apply(Moves(np.array([0, 2]), np.array([False, True]), 0.0, 0.0))
+    assert residency.resident.tolist() == [[False, True, True, False]]
+    with pytest.raises(ValueError, match="read-only"):
+        residency.resident[0, 0] = True
 
 
 def observe_random(forecast, share, tokens, phase, rng):
@@ -222,9 +241,18 @@ def test_demand_counts_steps_touched_in_batches():
 
 
 def test_settings_that_make_no_sense_are_refused():
-    for wrong in ({"interval": 0}, {"horizon": 0}, {"margin": -1}, {"link_share": 1.5}):
-        with pytest.raises(ValueError, match="must"):
-            ReplanConfig(**wrong)
+    for name, value, what in (
+        ("interval", 0, "at least 1"),
+        ("interval", 2.5, "a whole number"),
+        ("horizon", True, "a whole number"),
+        ("margin", -1, "must not be negative"),
+        ("margin", float("nan"), "must not be negative"),
+        ("link_share", 1.5, "from 0 to 1"),
+        ("link_share", "0.1", "from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is .*{what}"):
+            ReplanConfig(**{name: value})
+    assert ReplanConfig(link_share=1, margin=0) == ReplanConfig(link_share=1.0, margin=0.0)
     with pytest.raises(ValueError, match="the model has"):
         Forecast((1, 4), np.array([2.0]), RoutingProfile(1, 5))
 
@@ -237,9 +265,10 @@ def test_61_layers_of_256_experts_are_planned_within_5_ms(machine):
     resident = place("random", facts, preset(machine), budget).mask()
     forecast = Forecast(table.shape, table.top_k, profile)
     best = np.inf
-    for _ in range(10):
-        start = time.perf_counter()
+    # The time of this thread: other processes are no part of a plan's cost.
+    for _ in range(30):
+        start = time.thread_time()
         moves = replan(table, forecast.demand(), resident, budget, 1.0, ReplanConfig())
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     assert len(moves) > 100
     assert best < 5e-3

@@ -143,6 +143,15 @@ def test_popularity_follows_the_exponent():
     assert counts[:51].sum() / counts.sum() == pytest.approx(law[:51].sum() / law.sum(), abs=0.03)
 
 
+def test_rare_experts_are_rare_for_every_subject():
+    traffic = Traffic("topics", 2, 64, 4, requests=8, lasts=1.0, changing=0.1, lasting=0.0)
+    shares = []
+    for rare in (0.0, 1.5):
+        rows = np.sort(generate(replace(traffic, rare=rare), 0).profile().rows(Phase.PREFILL), axis=1)
+        shares.append(rows[:, :6].sum() / rows.sum())
+    assert shares[1] < 0.3 * shares[0]
+
+
 def test_traffic_that_cannot_be_is_refused():
     for wrong, what in (
         ({"kind": "waves"}, "unknown; there are stationary"),

@@ -51,6 +51,13 @@ def test_a_plot_without_hits_is_drawn_too(trace, tmp_path):
     assert plot.exists()
 
 
+def test_a_seed_is_no_wait(capsys):
+    command = ["simulate", "--synthetic", "drift", *TINY, "--fractions", "50", "--seed", "7", "--json"]
+    assert cli.main([*command, "--strategies", "uniform", "kt-uniform"]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)["results"]
+    assert theirs["decode_seconds"] == pytest.approx(ours["decode_seconds"], rel=0.1)
+
+
 def test_lists(capsys):
     assert cli.main(["simulate", "--synthetic", "drift", "--model-shape", "list"]) == 0
     assert cli.main(["simulate", "--synthetic", "drift", "--strategies", "list"]) == 0
@@ -67,7 +74,7 @@ def test_lists(capsys):
         (["--synthetic", "drift", "--fractions", "101"], "101; it must be from 0 to 100"),
         (["--synthetic", "drift", "--requests", "0"], "--requests is 0"),
         (["--synthetic", "drift", "--seed", "-1"], "--seed is -1"),
-        (["--synthetic", "drift", "--interval", "0"], "at least one step"),
+        (["--synthetic", "drift", "--interval", "0"], "decode steps, at least 1"),
         (["--synthetic", "drift", "--weight-bytes", "0"], "cannot take 0"),
         (["--synthetic", "drift", "--out", "/nowhere/x.json"], "cannot be written"),
         (["--trace", "none.npz"], "none.npz"),

@@ -142,7 +142,7 @@ def _setting(args: argparse.Namespace, facts: ModelFacts, profile: RoutingProfil
     from ktcompile.plan.simulate import Setting
 
     config = ReplanConfig() if args.interval is None else ReplanConfig(interval=args.interval)
-    return Setting(facts, preset(args.hardware), profile, config, args.kt_threshold, args.seed)
+    return Setting(facts, preset(args.hardware), profile, config, kt_threshold=args.kt_threshold, seed=args.seed)
 
 
 def _strategies(asked: Sequence[str] | None, profile: RoutingProfile | None) -> list[str]:

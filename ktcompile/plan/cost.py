@@ -52,17 +52,18 @@ def layer_cost(hardware: Hardware, work: Work, way: Way = "cheaper") -> LayerCos
     """Return what a layer's experts take. CPU and device work side by side; streamed weights go through two buffers, so
     that copies run beside the device's products, and the last expert's products begin when its copy ends."""
     none = np.zeros_like(np.asarray(work.cpu, dtype=np.float64))
-    cpu = work.cpu + _any(work.cold) * hardware.cpu.overhead
+    any_cold = np.minimum(work.cold, 1.0)  # the chance of it, of a mean
+    cpu = work.cpu + any_cold * hardware.cpu.overhead
     if hardware.device is None or hardware.link is None:
         assert not np.any(work.hot), "no device has experts"
         return LayerCost(cpu + none, none, none, cpu + none, none > 0)
-    device = work.device + _any(work.hot) * hardware.device.overhead
+    device = work.device + np.minimum(work.hot, 1.0) * hardware.device.overhead
     split = np.maximum(cpu, device)
     if way == "split":
         return LayerCost(cpu + none, device + none, none, split + none, none > 0)
-    everything = work.all_device + _any(work.cold + work.hot) * hardware.device.overhead
-    copy = work.copy + _any(work.cold) * hardware.link.latency
-    streaming = np.maximum(everything, copy + _any(work.cold) * work.last)
+    everything = work.all_device + np.minimum(work.cold + work.hot, 1.0) * hardware.device.overhead
+    copy = work.copy + any_cold * hardware.link.latency
+    streaming = np.maximum(everything, copy + any_cold * work.last)
     streamed = np.asarray((work.cold > 0) & ((way == "streamed") | (streaming < split)))
     return LayerCost(
         cpu=np.where(streamed, 0.0, cpu),
@@ -101,8 +102,3 @@ def distinct_experts(layer: MoeLayerFacts, tokens: float) -> float:
 
 def _one(processor: Processor, layer: MoeLayerFacts, rows: float) -> float:
     return processor.seconds(layer.expert_bytes, rows * layer.flops_per_row)
-
-
-def _any(count: Any) -> Any:
-    """Return the chance that there is any, of a count or a mean."""
-    return np.minimum(count, 1.0)

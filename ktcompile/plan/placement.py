@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ktcompile.plan.demand import Demand, marginal_savings
+from ktcompile.plan.demand import Demand
 from ktcompile.plan.facts import ModelFacts
 from ktcompile.plan.hardware import Hardware
+from ktcompile.plan.outlook import Outlook
 from ktcompile.plan.plan import Plan
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.table import ExpertTable, Mask, exists
@@ -94,9 +95,12 @@ def _frequency(table: ExpertTable, budget: int, profile: RoutingProfile | None, 
     return mask, f"the experts that save most seconds for each byte by the profile{unused}"
 
 
-def most_saved(table: ExpertTable, demand: Demand, budget: float) -> Mask:
-    """Return the experts that save most within a budget. A larger budget never makes the expected step slower."""
-    seconds = marginal_savings(table, demand)
+def most_saved(table: ExpertTable, demand: Demand, budget: float, steady_within: float = 0.0) -> Mask:
+    """Return the experts that save most within a budget. A larger budget never makes the expected step slower.
+
+    steady_within: budget for which experts that most steps use may be left to the CPU (`Outlook.steadying`).
+    """
+    seconds = Outlook(table, demand).marginal_savings(steady_within)
     order = by_density(seconds, table)
     if demand.touches.any() or demand.prefill_rows.any():
         order = order[seconds.reshape(-1)[order] > 0]
@@ -111,7 +115,11 @@ def _counts(table: ExpertTable, budget: int, profile: RoutingProfile | None, see
 
 
 def _adaptive(table: ExpertTable, budget: int, profile: RoutingProfile | None, seed: int) -> tuple[Mask, str]:
-    mask, reason = (_uniform if profile is None else _frequency)(table, budget, profile, seed)
+    if profile is None:
+        mask, reason = _uniform(table, budget, profile, seed)
+    else:
+        mask = most_saved(table, Demand.of_profile(profile), budget, steady_within=budget)
+        reason = "the experts that save most seconds for each byte by the profile"
     return mask, f"{reason}, to be re-planned"
 
 

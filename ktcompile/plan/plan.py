@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -62,21 +61,3 @@ class Plan:
         for row, ids in zip(mask, self.resident, strict=True):
             row[list(ids)] = True
         return mask
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` takes, as plain values."""
-        return {
-            "strategy": self.strategy,
-            "budget_bytes": self.budget_bytes,
-            "resident": [list(ids) for ids in self.resident],
-            "reasons": list(self.reasons),
-        }
-
-    @classmethod
-    def from_json(cls, value: Any, facts: ModelFacts) -> Plan:
-        """Return the plan of a model that `to_json` described. ValueError: it describes none, or another model's."""
-        try:
-            resident = tuple(tuple(int(i) for i in ids) for ids in value["resident"])
-            return cls(facts, resident, int(value["budget_bytes"]), str(value["strategy"]), tuple(value["reasons"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error

@@ -31,8 +31,9 @@ class Traffic:
 
     kind: one of `KINDS`. model_seed: of the popularities that are the model's own; traces of one model share it.
     lasting, changing: spread of the logarithm of popularity, of the model and of the subject; a spread s alone is
-    Zipf's law with exponent s. layer_spread: by how much both vary between layers. prompt, answer: median tokens;
-    prompt_spread, answer_spread: of their logarithms. batch: requests that decode at once.
+    Zipf's law with exponent s. rare: spread of a tail of experts that no subject uses much. layer_spread: by how much
+    the first two vary between layers. prompt, answer: median tokens; prompt_spread, answer_spread: of their logarithms.
+    batch: requests that decode at once.
     forgets: requests until a drifting subject is forgotten. lasts: requests that a topic lasts on average.
     """
 
@@ -45,6 +46,7 @@ class Traffic:
     model_seed: int = 0
     lasting: float = 0.2
     changing: float = 0.7
+    rare: float = 0.0
     layer_spread: float = 0.2
     prompt: int = 1024
     prompt_spread: float = 0.8
@@ -64,6 +66,9 @@ class Traffic:
         for name in ("num_layers", "requests", "batch", "prompt", "answer", "subjects"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lasting", "changing", "rare"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a spread must not be negative")
         if self.forgets <= 0 or self.lasts < 1:
             raise ValueError("a subject lasts one request at least, and is forgotten after some")
 
@@ -171,6 +176,9 @@ def _popularities(traffic: Traffic, rng: np.random.Generator) -> Iterator[Floats
     shape = (t.num_layers, t.num_experts)
     scale = np.exp(t.layer_spread * model.standard_normal((t.num_layers, 1)))
     lasting = t.lasting * scale * _zipf_logs(shape, model)
+    if t.rare:
+        # Zipf's law upside down: most experts are used alike, and a few hardly ever.
+        lasting -= t.rare * _zipf_logs(shape, np.random.default_rng([t.model_seed, 4]))
     subjects_rng = np.random.default_rng([t.model_seed, 2])
     stationary = _zipf_logs(shape, subjects_rng)
     walk = rng.standard_normal(shape)

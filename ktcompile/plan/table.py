@@ -65,6 +65,11 @@ class ExpertTable:
         layers, experts = self.exists.shape
         return layers, experts
 
+    @property
+    def sides(self) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats]]:
+        """The seconds to read an expert and those of a row [L], of the CPU and of the device."""
+        return (self.cpu_read, self.cpu_row), (self.device_read, self.device_row)
+
     def cpu_seconds(self, rows_LE: Floats) -> Floats:
         """Return the CPU's time for each expert that is used, given its rows [L, E], which may be expectations."""
         return np.maximum(self.cpu_read[:, None], rows_LE * self.cpu_row[:, None])
