@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from helpers.placement import SIZE, model, models, random_profile
@@ -17,7 +15,7 @@ from ktcompile.plan.hardware import PRESETS, preset
 from ktcompile.plan.outlook import Outlook
 from ktcompile.plan.placement import budget_of, place
 from ktcompile.plan.profile import Phase, RoutingProfile
-from ktcompile.plan.replan import ReplanConfig, replan
+from ktcompile.plan.replan import ReplanConfig, _candidates, replan
 from ktcompile.plan.residency import Moves, Residency
 from ktcompile.plan.table import ExpertTable
 
@@ -258,17 +256,34 @@ def test_settings_that_make_no_sense_are_refused():
 
 
 @pytest.mark.parametrize("machine", PRESETS)
-def test_61_layers_of_256_experts_are_planned_within_5_ms(machine):
+def test_many_experts_in_the_wrong_place_move_at_once(machine):
     facts = model(*(256,) * 61, top_k=8)
     table, profile = ExpertTable.of(facts, preset(machine)), random_profile(facts, 0)
     budget = budget_of(facts, 0.5)
     resident = place("random", facts, preset(machine), budget).mask()
     forecast = Forecast(table.shape, table.top_k, profile)
-    best = np.inf
-    # The time of this thread: other processes are no part of a plan's cost.
-    for _ in range(30):
-        start = time.thread_time()
-        moves = replan(table, forecast.demand(), resident, budget, 1.0, ReplanConfig())
-        best = min(best, time.thread_time() - start)
+    moves = replan(table, forecast.demand(), resident, budget, 1.0, ReplanConfig())
     assert len(moves) > 100
-    assert best < 5e-3
+    after = resident.copy()
+    after.reshape(-1)[moves.experts] = moves.to_device
+    assert float((after.sum(axis=1) * table.bytes).sum()) <= budget
+
+
+@given(st.integers(0, 10_000), st.integers(0, 40))
+def test_experts_of_one_size_that_cannot_be_in_an_exchange_are_left_out(seed, room):
+    """What is left out neither comes in nor goes out in the best exchange, which sorting all of them finds."""
+    rng = np.random.default_rng(seed)
+    value = np.round(rng.normal(size=40), 1)  # with ties
+    hot = np.zeros(40, dtype=bool)
+    hot[rng.permutation(40)[: rng.integers(0, room + 1)]] = True
+    incoming, outgoing = _candidates(value, hot, room, alike=True)
+    into, out = np.sort(value[~hot & (value > 0)])[::-1], np.sort(value[hot])
+    free, best, used = room - hot.sum(), 0.0, (0, 0)
+    for n in range(len(into) + 1):
+        for leave in range(max(0, n - free), len(out) + 1):
+            gain = into[:n].sum() - out[:leave].sum()
+            if gain > best + 1e-9:
+                best, used = gain, (n, leave)
+    assert used[0] <= len(incoming) and used[1] <= len(outgoing)
+    assert np.sort(value[incoming])[::-1][: used[0]].sum() == pytest.approx(into[: used[0]].sum())
+    assert np.sort(value[outgoing])[: used[1]].sum() == pytest.approx(out[: used[1]].sum())

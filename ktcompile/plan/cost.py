@@ -52,26 +52,43 @@ def layer_cost(hardware: Hardware, work: Work, way: Way = "cheaper") -> LayerCos
     """Return what a layer's experts take. CPU and device work side by side; streamed weights go through two buffers, so
     that copies run beside the device's products, and the last expert's products begin when its copy ends."""
     none = np.zeros_like(np.asarray(work.cpu, dtype=np.float64))
-    any_cold = np.minimum(work.cold, 1.0)  # the chance of it, of a mean
-    cpu = work.cpu + any_cold * hardware.cpu.overhead
-    if hardware.device is None or hardware.link is None:
-        assert not np.any(work.hot), "no device has experts"
-        return LayerCost(cpu + none, none, none, cpu + none, none > 0)
-    device = work.device + np.minimum(work.hot, 1.0) * hardware.device.overhead
-    split = np.maximum(cpu, device)
-    if way == "split":
-        return LayerCost(cpu + none, device + none, none, split + none, none > 0)
-    everything = work.all_device + np.minimum(work.cold + work.hot, 1.0) * hardware.device.overhead
-    copy = work.copy + any_cold * hardware.link.latency
-    streaming = np.maximum(everything, copy + any_cold * work.last)
-    streamed = np.asarray((work.cold > 0) & ((way == "streamed") | (streaming < split)))
+    times = _Times(hardware, work)
+    if way == "split" or hardware.link is None:
+        return LayerCost(times.cpu + none, times.device + none, none, times.split + none, none > 0)
+    streamed = np.asarray((work.cold > 0) & ((way == "streamed") | (times.streaming < times.split)))
     return LayerCost(
-        cpu=np.where(streamed, 0.0, cpu),
-        device=np.where(streamed, everything, device),
-        copy=np.where(streamed, copy, 0.0),
-        total=np.where(streamed, streaming, split),
+        cpu=np.where(streamed, 0.0, times.cpu),
+        device=np.where(streamed, times.everything, times.device),
+        copy=np.where(streamed, times.copy, 0.0),
+        total=np.where(streamed, times.streaming, times.split),
         streamed=streamed,
     )
+
+
+def layer_seconds(hardware: Hardware, work: Work) -> Floats:
+    """Return the `total` of `layer_cost` by the cheaper way, on a machine with a device."""
+    times = _Times(hardware, work)
+    seconds: Floats = np.minimum(times.split, times.streaming)
+    return seconds
+
+
+class _Times:
+    """The seconds of both ways. cpu, device, split: with cold experts on the CPU. everything, copy, streaming: with all
+    on the device, where there is one."""
+
+    def __init__(self, hardware: Hardware, work: Work) -> None:
+        any_cold = np.minimum(work.cold, 1.0)  # the chance of it, of a mean
+        self.cpu: Any = work.cpu + any_cold * hardware.cpu.overhead
+        self.device: Any = 0.0
+        self.split: Any = self.cpu
+        if hardware.device is None or hardware.link is None:
+            assert not np.any(work.hot), "no device has experts"
+            return
+        self.device = work.device + np.minimum(work.hot, 1.0) * hardware.device.overhead
+        self.split = np.maximum(self.cpu, self.device)
+        self.everything = work.all_device + np.minimum(work.cold + work.hot, 1.0) * hardware.device.overhead
+        self.copy = work.copy + any_cold * hardware.link.latency
+        self.streaming = np.maximum(self.everything, self.copy + any_cold * work.last)
 
 
 def uniform_layer(hardware: Hardware, layer: MoeLayerFacts, tokens: float, resident: int) -> LayerCost:

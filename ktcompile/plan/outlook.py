@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktcompile.plan.cost import Work, layer_cost
+from ktcompile.plan.cost import Work, layer_seconds
 from ktcompile.plan.demand import Demand
 from ktcompile.plan.step_curves import StepCurves
 from ktcompile.plan.table import ExpertTable, Floats, Mask
@@ -152,5 +152,5 @@ class Outlook:
             last=self._each[4].max(axis=1, keepdims=True),
             copy=cold[2] * self.table.link[:, None],
         )
-        result: Floats = seconds + self._prefills * layer_cost(self.table.hardware, work).total
+        result: Floats = seconds + self._prefills * layer_seconds(self.table.hardware, work)
         return result

@@ -86,11 +86,7 @@ def _best(
     size, link = (np.repeat(a, table.shape[1]) for a in (table.bytes, table.link))
     free = budget - float(size[hot].sum())
     density = value / size
-    incoming, outgoing = np.flatnonzero(~hot & (value > 0)), np.flatnonzero(hot)
-    if free < table.bytes.min():
-        # Only what saves more than some expert that is there may come, and only what saves less than it may go.
-        incoming = incoming[density[incoming] > density[outgoing].min(initial=np.inf)]
-        outgoing = outgoing[density[outgoing] < density[incoming].max(initial=0.0)]
+    incoming, outgoing = _candidates(density, hot, int(budget // table.bytes.min()), alike=np.ptp(table.bytes) == 0)
     incoming = incoming[np.argsort(-density[incoming])]
     outgoing = outgoing[np.argsort(density[outgoing])]
     return _exchange(
@@ -100,6 +96,20 @@ def _best(
         link_seconds,
         link_seconds + float((passes * link).sum()),
     )
+
+
+def _candidates(density: Floats, hot: Mask, room: int, *, alike: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the experts that may come to the device and those that may leave it.
+
+    Where all have one size the device should have the `room` experts that save most: none below the last of these comes
+    for what another saves, and none above it goes.
+    """
+    bound = 0.0
+    if alike and room < len(density):
+        bound = float(np.partition(density, -max(room, 1))[-max(room, 1)])
+    incoming = np.flatnonzero(~hot & (density > 0) & (density >= bound))
+    outgoing = np.flatnonzero(hot & (density <= max(bound, 0.0))) if alike else np.flatnonzero(hot)
+    return incoming, outgoing
 
 
 def _pays(moves: Moves, outlook: Outlook, resident_LE: Mask, cost: Floats, horizon: int) -> bool:
