@@ -15,7 +15,7 @@ import ktcompile
 from ktcompile.config import DeviceOptions
 from ktcompile.models import hf_experts, quantized
 from ktcompile.models import load as loading
-from ktcompile.models.placed import attach
+from ktcompile.models.placed import attach, move
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.plan.profile import RoutingProfile
 from ktcompile.runtime.devices import Placer
@@ -129,7 +129,10 @@ def test_the_embedded_model_is_loaded_where_none_is_named():
         ({"divice": "none"}, "option 'divice' of ktcompile.load is unknown; did you mean 'device'?"),
         ({"placement": "counts"}, "placement is 'counts', which needs a routing_profile"),
         ({"replan": {"intervall": 3}}, "replan has 'intervall', which is unknown; did you mean 'interval'?"),
-        ({"replan": {"interval": 0}}, "replan has interval=0: interval and horizon must be at least one step"),
+        (
+            {"replan": {"interval": 0}},
+            "replan has interval=0: interval is 0; it must be a whole number of decode steps",
+        ),
         ({"replan": {"interval": 1.5}}, "interval of replan is 1.5; it must be a whole number"),
         ({"replan": {"margin": "much"}}, "margin of replan is 'much'; it must be a number"),
     ],
@@ -193,3 +196,16 @@ def test_weights_are_packed_once(folder, monkeypatch):
     monkeypatch.setattr(PackedExperts, "__init__", noted)
     logits(ktcompile.load(folder, **HALF))
     assert len(packed) == 2
+
+
+def test_all_but_the_experts_can_be_moved():
+    model = loading.load()
+    move(model, torch.device("meta"))
+    experts = {id(p) for m in hf_experts.experts_modules(model) for p in m.parameters()}
+    assert experts
+    for name, parameter in model.named_parameters():
+        assert parameter.device.type == ("cpu" if id(parameter) in experts else "meta"), name
+    assert all(b.device.type == "meta" for b in model.buffers())
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight or not (
+        model.config.tie_word_embeddings
+    )

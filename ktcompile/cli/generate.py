@@ -154,17 +154,22 @@ def _load(
     import torch
 
     from ktcompile.models.load import load, load_for_compiler
+    from ktcompile.models.placed import move
     from ktcompile.runtime.placing import placer_for, without_new_profile
 
     options = without_new_profile(options)
     if not args.compile:
         model = load(name, weight_format=args.weight_format, track=track, **options.device_options())
         return model, model
-    placer_for(options)  # what the backend would find wrong shows now
+    placer = placer_for(options)  # what the backend would find wrong shows now
     # About transformers' own code, and of no consequence here.
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     backend = {"weight_format": args.weight_format, "weights": "take", **options.device_options()}
     model = load_for_compiler(name, weight_format=args.weight_format, track=track)
+    if placer is not None and placer.where.type != "cpu":
+        # Dynamo cannot follow stock experts whose weights are elsewhere than their inputs.
+        model.set_experts_implementation("kt")
+        move(model, placer.where)
     return model, torch.compile(model.forward, backend="kt", options=backend)
 
 

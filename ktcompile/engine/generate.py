@@ -110,7 +110,8 @@ def _tokens(
     ends = end_tokens(model)
     new_ids = prompt_ids
     for _ in range(limit):
-        token = choose(_last_logits(forward, new_ids, cache, kept))
+        ids = torch.tensor([new_ids], device=model.device)
+        token = choose(_last_logits(forward, ids, cache, kept))
         yield token
         if token in ends:
             return
@@ -119,9 +120,9 @@ def _tokens(
 
 # Not around the loop: a generator would leave its caller without gradients between two tokens.
 @torch.no_grad()
-def _last_logits(forward: Callable[..., Any], ids: list[int], cache: object, kept: dict[str, int]) -> torch.Tensor:
-    result = forward(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, **kept)
-    logits: torch.Tensor = result.logits[0, -1]
+def _last_logits(forward: Callable[..., Any], ids: torch.Tensor, cache: object, kept: dict[str, int]) -> torch.Tensor:
+    result = forward(input_ids=ids, past_key_values=cache, use_cache=True, **kept)
+    logits: torch.Tensor = result.logits[0, -1].cpu()
     return logits
 
 

@@ -26,10 +26,28 @@ def attach(model: PreTrainedModel, placer: Placer) -> None:
     if not modules:
         raise ValueError(f"{type(model).__name__} has no experts that a device could have")
     top_k = config_fields.top_k(model.config.get_text_config().to_dict())
+    if placer.where.type != "cpu":
+        move(model, placer.where)
     placed = _Placed(placer, modules, top_k)
     placer.place(placed.layers(), placed.top_k)
     model.register_forward_pre_hook(placed.before)
     model.register_forward_hook(placed.after)
+
+
+def move(model: PreTrainedModel, where: torch.device) -> None:
+    """Move all of a model but its experts, which stay where the CPU can read them."""
+    stay = {id(part) for module in hf_experts.experts_modules(model) for part in module.modules()}
+    moved: dict[int, nn.Parameter] = {}  # what several modules share stays shared
+    for module in model.modules():
+        if id(module) in stay:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = nn.Parameter(parameter.detach().to(where), requires_grad=parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), new)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(where)
 
 
 def expert_metrics(model: nn.Module) -> ExpertMetrics:

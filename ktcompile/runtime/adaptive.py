@@ -23,12 +23,12 @@ from ktcompile.runtime.device import DeviceMemoryError
 from ktcompile.runtime.split import SplitExperts
 
 # A call with more tokens is a prompt's.
-_MOST_DECODED = 16
+MOST_DECODED = 16
 
 
 def phase_of(tokens: int) -> Phase:
     """Return what a call of so many tokens is taken for."""
-    return Phase.PREFILL if tokens > _MOST_DECODED else Phase.DECODE
+    return Phase.PREFILL if tokens > MOST_DECODED else Phase.DECODE
 
 
 class AdaptivePlacement:

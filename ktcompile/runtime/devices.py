@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import torch
+
 from ktcompile.log import logger
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.plan.facts import ModelFacts, MoeLayerFacts
@@ -13,7 +15,7 @@ from ktcompile.plan.placement import budget_of, place
 from ktcompile.plan.profile import RoutingProfile
 from ktcompile.plan.replan import ReplanConfig
 from ktcompile.plan.streaming import streaming_threshold
-from ktcompile.runtime.adaptive import AdaptivePlacement
+from ktcompile.runtime.adaptive import MOST_DECODED, AdaptivePlacement
 from ktcompile.runtime.calibrate import measured_cpu
 from ktcompile.runtime.cuda_support import cuda_device
 from ktcompile.runtime.device import Device, DeviceMemoryError
@@ -68,6 +70,11 @@ class Placer:
         self._keep_cpu_copy, self._stream_from = keep_cpu_copy, stream_from
         self._config, self._hardware = config, hardware
         self._key = object() if key is None else key
+
+    @property
+    def where(self) -> torch.device:
+        """Where the tensors of a call are."""
+        return self._device.where()
 
     def ensure(self, layers: Sequence[PackedExperts], top_k: Sequence[int]) -> None:
         """Split the layers of a model, unless they are split, in whatever way."""
@@ -136,7 +143,11 @@ class Placer:
 
     def _streaming(self, hardware: Hardware, layer: MoeLayerFacts, resident: int, buffered: int) -> Streaming | None:
         experts = buffered // (2 * layer.expert_bytes)
-        from_tokens = self._stream_from or streaming_threshold(hardware, layer, resident)
+        from_tokens = self._stream_from
+        if from_tokens is None:
+            found = streaming_threshold(hardware, layer, resident)
+            # What is measured of experts that are small is not sure enough to stream them at each step of decode.
+            from_tokens = found and max(found, MOST_DECODED + 1)
         return Streaming(from_tokens, experts) if experts and from_tokens else None
 
 
