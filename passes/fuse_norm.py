@@ -52,7 +52,8 @@ def _replace(
     inside = set(nodes)
     inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
     weights = [n for n in inputs if n in parameters]
-    others = [n for n in inputs if n not in parameters and isinstance(_value(n), torch.Tensor)]
+    # Scalars (an epsilon that Dynamo made an input) are read from the module, not from the graph.
+    others = [n for n in inputs if n not in parameters and isinstance(v := _value(n), torch.Tensor) and v.dim()]
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]
     if not (len(weights) == len(others) == len(outputs) == 1):
         return False
