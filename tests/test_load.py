@@ -13,7 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import ktcompile
 from ktcompile.config import DeviceOptions
-from ktcompile.models import hf_experts, quantized
+from ktcompile.models import hf_experts, streaming
 from ktcompile.models import load as loading
 from ktcompile.models.placed import attach, move
 from ktcompile.ops.experts import PackedExperts
@@ -92,7 +92,7 @@ def test_weights_that_were_written_to_are_placed_anew(folder):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.9)
-    model.load_state_dict(other.state_dict())
+    model.load_state_dict(other.state_dict(), assign=True)
     assert relative_error(logits(model), logits(other)) < 1e-5
     after = split_layers(model)
     assert all(new is not old and len(new.resident) == 2 for new, old in zip(after, before, strict=True))
@@ -101,7 +101,7 @@ def test_weights_that_were_written_to_are_placed_anew(folder):
 @pytest.mark.parametrize("kind", ["fp8", "gptq"])
 def test_quantised_checkpoints_run_on_two_sides(kind, tmp_path):
     KINDS[kind].write(tmp_path)
-    wanted = logits(quantized.load(tmp_path), TOKENS)
+    wanted = logits(streaming.load(tmp_path), TOKENS)
     model = ktcompile.load(tmp_path, **HALF)
     assert all(layer.resident and layer.cpu_bytes for layer in split_layers(model))
     assert relative_error(logits(model, TOKENS), wanted) < 1e-5
@@ -109,8 +109,8 @@ def test_quantised_checkpoints_run_on_two_sides(kind, tmp_path):
 
 def test_a_quantised_model_is_compiled_for_two_sides(tmp_path):
     KINDS["gptq"].write(tmp_path)
-    wanted = logits(quantized.load(tmp_path), TOKENS)
-    model = quantized.load(tmp_path)
+    wanted = logits(streaming.load(tmp_path), TOKENS)
+    model = streaming.load(tmp_path)
     compiled = torch.compile(model, backend="kt", options={**HALF, "inner": "eager"})
     assert relative_error(logits(compiled, TOKENS), wanted) < 1e-5
     assert all(layer.resident and layer.activity.calls == 1 for layer in split_layers(model))

@@ -21,7 +21,8 @@ from transformers import (
 
 from ktcompile.models import tiny_model
 from ktcompile.models.facts import architecture
-from ktcompile.models.source import ModelSource, describe_source, read_header
+from ktcompile.models.source import ModelSource, describe_source
+from ktcompile.models.tensor_files import read_header
 from ktcompile.plan.architecture import LayerCache
 
 COMMON = {

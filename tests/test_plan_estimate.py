@@ -14,6 +14,7 @@ from ktcompile.plan.architecture import Architecture, LayerCache, RoutedExperts
 from ktcompile.plan.cost import uniform_layer
 from ktcompile.plan.estimate import (
     DEVICE_RESERVE,
+    LOADING,
     RAM_RESERVE,
     Plan,
     Workload,
@@ -75,7 +76,7 @@ def test_bytes_are_where_they_were_put():
 
 def test_without_a_device_all_is_in_ram():
     found = estimate(plan(with_memory(PRESETS["laptop"], device=0, ram=16 * GB), bits=4))
-    assert found.device is None and found.fits is False and found.runs  # a bf16 checkpoint is read whole
+    assert found.device is None and found.fits
     assert found.ram.dense == 2 * GB and found.ram.experts == 24 * 64 * BF16 // 4
 
 
@@ -189,14 +190,23 @@ def test_a_fraction_and_a_context_that_are_too_large():
 
 
 def test_loading_and_disk_are_checked():
-    wanted = plan(with_memory(PRESETS["laptop"], ram=16 * GB), 4, disk_bytes=GB)
+    wanted = plan(with_memory(PRESETS["laptop"], ram=12 * GB), 8, disk_bytes=GB)
     found = estimate(wanted)
     loading, disk = warnings(wanted, found, {})
     assert found.runs and not found.loads and not found.fits
-    assert "loading takes" in loading and "quantised already" in loading
+    assert "loading takes" in loading and "packed in RAM before a device gets its part" in loading
     assert "the disk only 1.0 GB" in disk
-    assert estimate(replace(wanted, quantized=True)).load_peak < found.load_peak
-    assert estimate(replace(wanted, quantized=True)).loads
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_loading_takes_what_is_packed_and_what_is_being_read(bits):
+    wanted = plan("4090-ddr5", bits, fraction=0.5)
+    kept = wanted.facts.expert_bytes + MODEL.dense_bytes
+    assert estimate(wanted).load_peak == kept + LOADING
+    assert estimate(replace(wanted, quantized=True)).load_peak == kept + 64 * BF16 // 2
+    small = replace(MODEL, experts=(replace(EXPERTS, num_experts=8),) * 24)
+    found = plan("4090-ddr5", bits, model=small, fraction=0.5)
+    assert estimate(found).load_peak == found.facts.expert_bytes + MODEL.dense_bytes + 8 * BF16 * 3 // 2
 
 
 def test_where_nothing_fits_the_device_is_filled_first():

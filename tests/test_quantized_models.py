@@ -22,7 +22,8 @@ import ktcompile
 from ktcompile import cli
 from ktcompile.engine.generate import generate
 from ktcompile.graph.report import clear_compile_reports
-from ktcompile.models import hf_experts, quantized
+from ktcompile.models import hf_experts, streaming
+from ktcompile.models.stored_model import reader_of
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.reference import moe as reference_moe
 from ktcompile.ops.spec import Activation, ExpertsSpec
@@ -67,7 +68,7 @@ def rewrite(folder, change, shard=SECOND):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_eager_and_compiled_agree_with_stock(kind, tmp_path):
     stock = kind.write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     modules = packed_modules(model)
     assert len(modules) == sum(hasattr(m, "has_gate") for m in stock.modules()) > 0
     assert {packed(m).format.name for m in modules} == {kind.weight_format}
@@ -87,7 +88,7 @@ def test_eager_and_compiled_agree_with_stock(kind, tmp_path):
 
 def test_in_bfloat16(tmp_path):
     stock = KINDS["fp8 of all layers"].write(tmp_path, dtype=torch.bfloat16)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert relative_error(logits(model).float(), logits(stock).float()) < 0.03
 
@@ -95,14 +96,14 @@ def test_in_bfloat16(tmp_path):
 @pytest.mark.slow
 def test_compiled_by_inductor(tmp_path):
     stock = KINDS["mxfp4"].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     assert relative_error(logits(torch.compile(model, backend="kt")), logits(stock)) < 5e-6
 
 
 def test_compiled_code_follows_the_module(tmp_path):
     """The graph holds no weights: other experts are used as soon as the module has them."""
     KINDS["gptq"].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     first, second = packed_modules(model)
     compiled = torch.compile(model, backend="kt", options=EXPERTS_ONLY, fullgraph=True)
     before = logits(compiled)
@@ -117,7 +118,7 @@ def test_compiled_code_follows_the_module(tmp_path):
 @pytest.mark.parametrize("name", ("fp8", "mxfp4", "gptq of all layers"))
 def test_state_dict_holds_the_dequantised_weights(name, tmp_path):
     stock = KINDS[name].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     state, wanted = model.state_dict(), stock.state_dict()
     assert state.keys() == wanted.keys()
     for key, tensor in state.items():
@@ -134,7 +135,7 @@ def stock_with_kt(stock):
 
 def test_parameters_of_packed_experts_are_not_silently_used(tmp_path):
     KINDS["fp8"].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     wanted, state = logits(model), model.state_dict()
     for module in packed_modules(model):
         for parameter in (module.gate_up_proj, module.down_proj):
@@ -153,7 +154,7 @@ def test_parameters_of_packed_experts_are_not_silently_used(tmp_path):
 
 def test_conversion_leaves_the_packed_experts(tmp_path):
     KINDS["fp8"].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     wanted = logits(model)
     assert_exact(logits(model.to("cpu")), wanted)
     model.to(torch.bfloat16)
@@ -166,7 +167,7 @@ def test_conversion_leaves_the_packed_experts(tmp_path):
 
 def test_packed_experts_go_with_the_model(tmp_path):
     KINDS["fp8"].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     experts = weakref.ref(packed(packed_modules(model)[0]))
     del model
     gc.collect()
@@ -175,12 +176,12 @@ def test_packed_experts_go_with_the_model(tmp_path):
 
 def test_gradients_have_no_way_back(tmp_path):
     KINDS["fp8"].write(tmp_path)
-    model = quantized.load(tmp_path)
+    model = streaming.load(tmp_path)
     with pytest.raises(NotImplementedError, match="no backward"):
         model(TOKENS).logits.sum().backward()
 
 
-def test_layers_that_were_left_out_are_plain(tmp_path):
+def test_layers_that_were_left_out_are_packed_as_they_are(tmp_path):
     kind = KINDS["compressed int4"]
     stock = kind.write(tmp_path)
     state = stock.state_dict()
@@ -193,17 +194,15 @@ def test_layers_that_were_left_out_are_plain(tmp_path):
                 for part, weight in zip(("gate", "up", "down"), (*gate_up.chunk(2), down), strict=True):
                     tensors[f"model.layers.1.mlp.experts.{e}.{part}_proj.weight"] = weight.contiguous()
         save_file(tensors, shard)
-    model = quantized.load(tmp_path)
-    assert len(packed_modules(model)) == 1
-    (plain,) = hf_experts.configure(model, "auto")
-    assert plain is model.model.layers[1].mlp.experts
+    model = streaming.load(tmp_path)
+    assert [packed(m).format.name for m in packed_modules(model)] == ["int4_g32", "fp32"]
     assert relative_error(logits(model), logits(stock)) < 5e-6
 
 
 def test_tensors_that_the_model_lacks_are_not_read(tmp_path):
     """As those of DeepSeek's layer for several tokens at once, and of scales of a cache."""
     KINDS["fp8 of all layers"].write(tmp_path)
-    wanted = logits(quantized.load(tmp_path))
+    wanted = logits(streaming.load(tmp_path))
 
     def add(tensors):
         names = [n for n in tensors if n.startswith("model.layers.2.")]
@@ -211,7 +210,7 @@ def test_tensors_that_the_model_lacks_are_not_read(tmp_path):
         tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
 
     rewrite(tmp_path, add)
-    assert_exact(logits(quantized.load(tmp_path)), wanted)
+    assert_exact(logits(streaming.load(tmp_path)), wanted)
 
 
 def test_a_truncated_shard(tmp_path):
@@ -219,10 +218,10 @@ def test_a_truncated_shard(tmp_path):
     file = tmp_path / SECOND
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{re.escape(str(file))} is damaged or was not fully copied"):
-        quantized.load(tmp_path)
+        streaming.load(tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=f"{re.escape(str(file))} is missing"):
-        quantized.load(tmp_path)
+        streaming.load(tmp_path)
 
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj"
@@ -254,7 +253,7 @@ def test_a_missing_tensor(kind, missing, words, tmp_path):
     KINDS[kind].write(tmp_path, shards=1)
     rewrite(tmp_path, lambda tensors: tensors.pop(missing), "model-00001-of-00001.safetensors")
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        quantized.load(tmp_path)
+        streaming.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -298,7 +297,7 @@ def test_a_tensor_that_does_not_fit(kind, name, change, words, tmp_path):
     shard = "model-00001-of-00001.safetensors"
     rewrite(tmp_path, lambda t: t.update({name: change(t[name]).contiguous()}), shard)
     with pytest.raises(ValueError, match=words) as caught:
-        quantized.load(tmp_path)
+        streaming.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -308,13 +307,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(ValueError, match=rf"{re.escape(str(file))}: .*quant_method is 'bitsandbytes'"):
-        quantized.load(tmp_path)
+        streaming.load(tmp_path)
     del config["quantization_config"]
     file.write_text(json.dumps(config))
-    assert quantized.reader_of(tmp_path) is None
-    assert quantized.reader_of("owner/name") is None
-    with pytest.raises(ValueError, match="holds no quantised model"):
-        quantized.load(tmp_path)
+    assert reader_of(tmp_path) is None
+    assert reader_of("owner/name") is None
+    with pytest.raises(ValueError, match=r"experts.0.gate_proj.weight is torch.float8_e4m3fn without scales"):
+        streaming.load(tmp_path)
 
 
 def test_experts_of_two_formats(tmp_path):
@@ -327,21 +326,21 @@ def test_experts_of_two_formats(tmp_path):
     with pytest.raises(
         ValueError, match=r"experts.2.down_proj.weight is \[160, 96\] in mxfp4; that of other .* in fp8"
     ):
-        quantized.load(tmp_path)
+        streaming.load(tmp_path)
 
 
 def test_weight_format_must_be_that_of_the_checkpoint(tmp_path):
     KINDS["gptq"].write(tmp_path)
-    wanted = logits(quantized.load(tmp_path))
+    wanted = logits(streaming.load(tmp_path))
     for same in ("int4", "int4_g32"):
-        assert_exact(logits(quantized.load(tmp_path, same)), wanted)
+        assert_exact(logits(streaming.load(tmp_path, same)), wanted)
     for other in ("bf16", "int4_g64", "fp8"):
         with pytest.raises(
             ValueError, match=f"weight_format is '{other}', but the experts of .* quantised as int4_g32"
         ):
-            quantized.load(tmp_path, other)
+            streaming.load(tmp_path, other)
     with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of"):
-        quantized.load(tmp_path, "int3")
+        streaming.load(tmp_path, "int3")
 
 
 def test_layers_are_tracked(tmp_path):
@@ -353,7 +352,7 @@ def test_layers_are_tracked(tmp_path):
             seen.append(layer.path)
             yield layer
 
-    quantized.load(tmp_path, track=track)
+    streaming.load(tmp_path, track=track)
     assert seen == ["model.layers.1.mlp.experts", "model.layers.2.mlp.experts"]
 
 
@@ -371,7 +370,7 @@ def test_ktc_generate(others, tmp_path, capsys):
     ids = tokenizer("ab")["input_ids"]
     if max(ids) >= QWEN.vocab_size:
         pytest.fail("the prompt must be in the vocabulary of the model")
-    wanted = tokenizer.decode(list(generate(quantized.load(tmp_path), ids, 4)))
+    wanted = tokenizer.decode(list(generate(streaming.load(tmp_path), ids, 4)))
     assert run_generate(tmp_path, *others) == 0
     assert json.loads(capsys.readouterr().out)["text"] == wanted
     assert run_generate(tmp_path, "--weight-format", "bf16") == 2
@@ -381,7 +380,7 @@ def test_ktc_generate(others, tmp_path, capsys):
 # In a process of its own: what others freed would be counted.
 MEMORY = """
 import sys, threading, torch
-from ktcompile.models import hf_experts, quantized
+from ktcompile.models import hf_experts, streaming
 torch.set_num_threads(1)
 
 def now():
@@ -395,7 +394,7 @@ def watch():
         peak[0] = max(peak[0], now())
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-model = quantized.load(sys.argv[1])
+model = streaming.load(sys.argv[1])
 done.set()
 thread.join()
 from ktcompile.ops.experts import from_handle

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ktcompile.models.source import ModelSource, StoredTensor
+from ktcompile.models.source import ModelSource
+from ktcompile.models.tensor_files import StoredTensor
 from ktcompile.quant import FORMATS
 
 if TYPE_CHECKING:

@@ -151,7 +151,7 @@ def fp8_experts_forward(
     """Return the output of transformers' `FP8Experts`, [T, H], from the kernels, or from grouped_mm where they cannot
     run it.
 
-    The weights are packed at the first call as they are stored; the module keeps its own, too (`quantized.load` does
+    The weights are packed at the first call as they are stored; the module keeps its own, too (`streaming.load` does
     not). Only weights are in fp8: hidden states are not quantised, as transformers does for both activation schemes,
     so that the result is nearer to that of exact arithmetic than the stock one is.
     """

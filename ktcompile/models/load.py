@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ktcompile.config import DeviceOptions
-from ktcompile.models import checkpoint, hf_experts, placed, quantized, tiny_model
+from ktcompile.models import checkpoint, hf_experts, placed, streaming, tiny_model
 from ktcompile.quant import check_format
 from ktcompile.runtime.placing import placer_for
 
@@ -36,8 +36,9 @@ def load(
     check_format(weight_format)
     placer = placer_for(options)
     name = locate(model)
-    result = _read(name, weight_format, track, {"experts_implementation": hf_experts.NAME})
-    for module in track(_configured(result, name, weight_format)):
+    result = _read(name, weight_format, track)
+    left = _configured(result, name, weight_format)
+    for module in track(left) if left else ():
         hf_experts.take(module)
     if placer is not None:
         placed.attach(result, placer)
@@ -47,13 +48,13 @@ def load(
 def load_for_compiler(
     model: str | Path | None = None, *, weight_format: str = "auto", track: Track = iter
 ) -> PreTrainedModel:
-    """Return a model as its authors wrote it: the backend finds the experts by itself, and packs them.
+    """Return a model for the backend, which packs what is not packed yet: all but most experts.
 
-    Only experts that are stored quantised are packed already. Arguments and errors are those of `load`.
+    Arguments and errors are those of `load`.
     """
     check_format(weight_format)
     name = locate(model)
-    result = _read(name, weight_format, track, {})
+    result = _read(name, weight_format, track)
     _configured(result, name, weight_format)
     return result
 
@@ -63,17 +64,9 @@ def locate(model: str | Path | None) -> str:
     return checkpoint.locate(model or tiny_model.path())
 
 
-def _read(name: str, weight_format: str, track: Track, experts: dict[str, str]) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        if quantized.reader_of(name) is not None:
-            return quantized.load(name, weight_format, track)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **experts)
-    except OSError as error:
-        raise FileNotFoundError(f"cannot load the model {name}: {error}") from error
-    result: PreTrainedModel = model.eval()
-    return result
+def _read(name: str, weight_format: str, track: Track) -> PreTrainedModel:
+    folder = Path(name) if Path(name).is_dir() else checkpoint.fetch(name)
+    return streaming.load(folder, weight_format, track)
 
 
 def _configured(model: PreTrainedModel, name: str, weight_format: str) -> list[nn.Module]:

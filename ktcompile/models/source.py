@@ -6,33 +6,14 @@ A folder, a config.json, or the id of a hub model, of which only these parts are
 from __future__ import annotations
 
 import json
-import math
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ktcompile.models.checkpoint import is_hub_id, weight_files
+from ktcompile.models.tensor_files import StoredTensor, read_header, stored_tensor
 
-_LENGTH_BYTES = 8
-# The format's own limit; a longer one is not a header.
-_LONGEST_HEADER = 100_000_000
 _CONFIG = "config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor as a header describes it. dtype: its name in safetensors, as "BF16"."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +42,6 @@ def describe_source(model: str | Path) -> ModelSource:
     if isinstance(model, Path) or not is_hub_id(model) or model.endswith(".json"):
         raise FileNotFoundError(f"there is no folder and no config.json {path}; name one, or the id of a hub model")
     return _from_hub(model)
-
-
-def read_header(file: Path) -> tuple[StoredTensor, ...]:
-    """Return the tensors of a safetensors file. ValueError: it is damaged or was not fully copied."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(_LENGTH_BYTES)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else _LONGEST_HEADER + 1
-        if length > min(size, _LONGEST_HEADER):
-            raise ValueError(f"{file} is damaged: it does not begin with a header of safetensors")
-        text = stream.read(length)
-    try:
-        entries = json.loads(text)
-        tensors = tuple(
-            _stored(name, entry["dtype"], entry["shape"], entry["data_offsets"])
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        )
-        end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: its header is not one of safetensors ({error!r})") from error
-    if _LENGTH_BYTES + length + end > size:
-        raise ValueError(f"{file} was not fully copied: {size} bytes of {_LENGTH_BYTES + length + end}")
-    return tensors
-
-
-def _stored(name: str, dtype: str, shape: Iterable[int], offsets: tuple[int, int]) -> StoredTensor:
-    return StoredTensor(name, dtype, tuple(shape), offsets[1] - offsets[0])
 
 
 def _from_folder(folder: Path, name: str) -> ModelSource:
@@ -131,7 +84,7 @@ def _from_hub(model: str) -> ModelSource:
     try:
         files = get_safetensors_metadata(model).files_metadata.values()
         stored = tuple(
-            _stored(name, str(t.dtype), t.shape, t.data_offsets) for f in files for name, t in f.tensors.items()
+            stored_tensor(name, str(t.dtype), t.shape, t.data_offsets) for f in files for name, t in f.tensors.items()
         )
     except Exception as error:  # of the hub, its client or the network: the configuration is enough
         note = (

@@ -19,13 +19,15 @@ from ktcompile.machine import check_isa, machine
 from ktcompile.ops.self_check import FirstCall, PackingCheck
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads
-from ktcompile.ops.weights import Weight, format_of, native_format, quantized_address
+from ktcompile.ops.weights import ExpertsWeight, StoredWeight, Weight, format_of, native_format, quantized_address
 from ktcompile.quant import QuantizedWeight, WeightFormat, native_dtype
 
 if TYPE_CHECKING:
     from ktcompile.ops.split import SplitLayer
 
 _numbers = itertools.count(1)
+# Bytes of experts' weights that threads have in memory while they pack them from files.
+_READ_AT_ONCE = 1 << 29
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
 
 
@@ -41,8 +43,8 @@ class PackedExperts:
 
     def __init__(
         self,
-        gate_up_proj: Weight,
-        down_proj: Weight,
+        gate_up_proj: ExpertsWeight,
+        down_proj: ExpertsWeight,
         gate_up_bias: torch.Tensor | None,
         down_bias: torch.Tensor | None,
         spec: ExpertsSpec,
@@ -120,7 +122,7 @@ class PackedExperts:
             _native.numa_nodes(),
         )
 
-    def _pack(self, gate_up: Weight, down: Weight, check: PackingCheck | None) -> None:
+    def _pack(self, gate_up: ExpertsWeight, down: ExpertsWeight, check: PackingCheck | None) -> None:
         pack = self._packing(gate_up, down)
 
         def work(expert: int) -> None:
@@ -128,22 +130,31 @@ class PackedExperts:
             if check is not None:
                 check(expert)
 
-        self._each_expert(work, check.order() if check else range(self.num_experts))
+        order = check.order() if check else range(self.num_experts)
+        self._each_expert(work, order, _readers(gate_up, down))
 
-    def _packing(self, gate_up: Weight, down: Weight) -> Callable[[int], None]:
+    def _packing(self, gate_up: ExpertsWeight, down: ExpertsWeight) -> Callable[[int], None]:
         """Return what packs one expert."""
-        if isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor):
-            if self.format.codec is None:
-                return lambda e: self.native.pack(e, *self._places(gate_up, down))
-            return lambda e: self._quantize(e, gate_up, down)
-        places = [quantized_address(w) for w in (gate_up, down) if isinstance(w, QuantizedWeight)]
-        return lambda e: self.native.pack_quantized(e, *places)
+        if isinstance(gate_up, QuantizedWeight) and isinstance(down, QuantizedWeight):
+            places = quantized_address(gate_up), quantized_address(down)
+            return lambda e: self.native.pack_quantized(e, *places)
+        assert not isinstance(gate_up, QuantizedWeight) and not isinstance(down, QuantizedWeight)
+        pack = self._store if self.format.codec is None else self._quantize
+        return lambda e: pack(e, self._of_expert(gate_up, e), self._of_expert(down, e))
+
+    def _of_expert(self, weight: torch.Tensor | StoredWeight, expert: int) -> torch.Tensor:
+        """Return the weight of one expert, [out, in]."""
+        if isinstance(weight, StoredWeight):
+            return weight.read(expert)
+        return weight[expert].mT if self.spec.transposed else weight[expert]
+
+    def _store(self, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        places = (gate_up.data_ptr(), (0, *gate_up.stride()), down.data_ptr(), (0, *down.stride()))
+        self.native.pack(expert, *places, native_dtype(gate_up.dtype, "gate_up_proj"))  # type: ignore[arg-type]
 
     def _quantize(self, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         names = (f"gate_up_proj of expert {expert}", f"down_proj of expert {expert}")
-        codes = []
-        for name, weight in zip(names, (gate_up[expert], down[expert]), strict=True):
-            codes.append(self.format.quantize(weight.mT if self.spec.transposed else weight, name))
+        codes = [self.format.quantize(weight, name) for name, weight in zip(names, (gate_up, down), strict=True)]
         self.native.pack_quantized(expert, *(quantized_address(c) for c in codes))
 
     def _places(
@@ -155,8 +166,9 @@ class PackedExperts:
         dtype = native_dtype(gate_up.dtype, "gate_up_proj")
         return gate_up.data_ptr(), strides[0], down.data_ptr(), strides[1], dtype
 
-    def _each_expert(self, work: Callable[[int], None], order: Sequence[int]) -> None:
-        with ThreadPoolExecutor(get_num_threads()) as pool:
+    def _each_expert(self, work: Callable[[int], None], order: Sequence[int], most_at_once: int | None = None) -> None:
+        threads = get_num_threads()
+        with ThreadPoolExecutor(threads if most_at_once is None else min(threads, most_at_once)) as pool:
             list(pool.map(work, order))
 
     def _pack_bias(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
@@ -210,7 +222,13 @@ def from_handle(handle: torch.Tensor) -> PackedExperts:
     return experts
 
 
-def _format_of(gate_up: Weight, down: Weight, spec: ExpertsSpec) -> WeightFormat:
+def _readers(gate_up: ExpertsWeight, down: ExpertsWeight) -> int | None:
+    """Return how many threads may read experts at once; None: nothing is read."""
+    read = [w.shape[1] * w.shape[2] * w.dtype.itemsize for w in (gate_up, down) if isinstance(w, StoredWeight)]
+    return max(1, _READ_AT_ONCE // sum(read)) if read else None
+
+
+def _format_of(gate_up: ExpertsWeight, down: ExpertsWeight, spec: ExpertsSpec) -> WeightFormat:
     formats = [w.format.name if isinstance(w, QuantizedWeight) else str(w.dtype) for w in (gate_up, down)]
     if formats[0] != formats[1]:
         raise ValueError(f"gate_up_proj is {formats[0]} and down_proj is {formats[1]}; they must be of one format")
@@ -218,8 +236,8 @@ def _format_of(gate_up: Weight, down: Weight, spec: ExpertsSpec) -> WeightFormat
 
 
 def _check_weights(
-    gate_up: Weight,
-    down: Weight,
+    gate_up: ExpertsWeight,
+    down: ExpertsWeight,
     gate_up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     spec: ExpertsSpec,
@@ -228,8 +246,10 @@ def _check_weights(
     shapes = f"gate_up_proj {list(gate_up.shape)} and down_proj {list(down.shape)}"
     if len(gate_up.shape) != 3 or len(down.shape) != 3:
         raise ValueError(f"{shapes}: both must have three dimensions (expert, out, in)")
-    if spec.transposed and (isinstance(gate_up, QuantizedWeight) or isinstance(down, QuantizedWeight)):
-        raise ValueError("quantised weights are [expert, out, in]; they cannot be transposed")
+    if spec.transposed and not (isinstance(gate_up, torch.Tensor) and isinstance(down, torch.Tensor)):
+        raise ValueError(
+            "weights that are quantised, or read from files, are [expert, out, in]; they cannot be transposed"
+        )
     out, into = (2, 1) if spec.transposed else (1, 2)
     num_experts, hidden, intermediate = down.shape[0], down.shape[out], down.shape[into]
     rows = 2 * intermediate if spec.activation.gated else intermediate

@@ -30,7 +30,7 @@ from ktcompile.machine import machine
 from ktcompile.ops import reference
 from ktcompile.ops.modules import qualified_name
 from ktcompile.ops.spec import Activation
-from ktcompile.ops.weights import Weight
+from ktcompile.ops.weights import ExpertsWeight, StoredWeight, Weight
 from ktcompile.quant import QuantizedWeight, WeightFormat
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class SelfCheckError(RuntimeError):
 class PackingCheck:
     """Compares a sample of a layer's experts, as stored, with their source."""
 
-    def __init__(self, packed: PackedExperts, gate_up: Weight, down: Weight) -> None:
+    def __init__(self, packed: PackedExperts, gate_up: ExpertsWeight, down: ExpertsWeight) -> None:
         self._packed, self._weights = packed, (gate_up, down)
         some = random.Random(packed.number).randrange(packed.num_experts)
         self._experts = frozenset((0, packed.num_experts - 1, some))
@@ -90,7 +90,10 @@ class PackingCheck:
             return
         for name, weight, stored_NC in zip(_NAMES, self._weights, self._packed.unpack(expert), strict=True):
             with torch.no_grad():
-                self._check(f"{name} of expert {expert}", weight, expert, stored_NC)
+                if isinstance(weight, StoredWeight):
+                    self._check(f"{name} of expert {expert}", weight.read(expert).unsqueeze(0), 0, stored_NC)
+                else:
+                    self._check(f"{name} of expert {expert}", weight, expert, stored_NC)
 
     def _check(self, what: str, weight: Weight, expert: int, stored_NC: torch.Tensor) -> None:
         weight_format, transposed = self._packed.format, self._packed.spec.transposed
@@ -139,7 +142,7 @@ class PackingCheck:
 class FirstCall:
     """Compares what the kernels make of the first tokens with fp64, once."""
 
-    def __init__(self, source: Weight, biases: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, source: ExpertsWeight, biases: Sequence[torch.Tensor | None]) -> None:
         self._source = weakref.ref(source) if isinstance(source, torch.Tensor) else None
         self._biases = [None if b is None else b.detach().clone() for b in biases]
         self._lock, self._process = threading.Lock(), os.getpid()

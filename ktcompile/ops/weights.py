@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 
 from ktcompile import _native
 from ktcompile.quant import QuantizedWeight, WeightFormat, full_name, resolve_format
 
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredWeight:
+    """A plain weight of experts that is read while they are packed, each by itself, so that it is never whole in
+    memory.
+
+    shape: [E, out, in]. dtype: of what is read. read: returns the weight of one expert, [out, in], which the next read
+    of the same thread may overwrite.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    read: Callable[[int], torch.Tensor]
+
+
 Weight = torch.Tensor | QuantizedWeight
+ExpertsWeight = Weight | StoredWeight
 # (codes, strides of (expert, out, in), scales, zero points or 0, strides of (expert, out, group))
 Address = tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]]
 
 _SCALES = {"int8": "f32", "int8_dyn": "f32", "fp8": "f32", "mxfp4": "e8m0"}
 
 
-def format_of(weight: Weight, weight_format: str, what: str) -> WeightFormat:
+def format_of(weight: ExpertsWeight, weight_format: str, what: str) -> WeightFormat:
     """Return the format to store a weight in. weight_format: a name, or "auto" for that of the weight.
 
     ValueError: there is no such format, or the weight is quantised in another one; `what` names it.
     """
-    if isinstance(weight, torch.Tensor):
+    if not isinstance(weight, QuantizedWeight):
         return resolve_format(weight_format, weight.dtype)
     if full_name(weight_format) not in ("auto", weight.format.name):
         raise ValueError(

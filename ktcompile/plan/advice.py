@@ -26,8 +26,8 @@ def _warnings(plan: Plan, found: Estimate, formats: Mapping[str, ModelFacts]) ->
         yield f"does not fit: it needs {' and '.join(parts)}; {_remedy(plan, formats)}"
     elif not found.loads:
         yield (
-            f"loading takes {_gb(found.load_peak)} of RAM, more than there is: the checkpoint is read whole before its "
-            f"experts are packed. {_loading_remedy(plan)}"
+            f"loading takes {_gb(found.load_peak)} of RAM, more than there is: all experts are packed in "
+            "RAM before a device gets its part. Use a smaller weight format, or more RAM (swap will do)"
         )
     if not found.disk.fits:
         yield f"the checkpoint has {_gb(found.disk.used)}, but the disk only {_gb(found.disk.capacity or 0)}"
@@ -66,10 +66,6 @@ def _longest_context(plan: Plan) -> int:
     while context and not estimate(replace(plan, workload=Workload(context, plan.workload.batch))).runs:
         context //= 2
     return context
-
-
-def _loading_remedy(plan: Plan) -> str:
-    return "Use a checkpoint that is quantised already, which is packed a layer at a time, or more RAM (swap will do)"
 
 
 def _unused_device(plan: Plan) -> str:

@@ -16,6 +16,8 @@ from ktcompile.plan.hardware import Hardware
 
 # Kept free: of a device for its driver and the gaps of allocators, of RAM for the system and the libraries.
 DEVICE_RESERVE, RAM_RESERVE = 10**9, 2 * 10**9
+# The most that is being read of plain experts while a model is loaded: 512 MiB in files, and the codes of them.
+LOADING = 3 << 28
 # Tokens of a prompt that go through the model at once.
 CHUNK = 2048
 DECODE_BATCHES, PREFILL_TOKENS = (1, 8), (512, 2048)
@@ -234,14 +236,13 @@ def _workspace(plan: Plan) -> int:
 
 
 def _load_peak(plan: Plan, ram: Tier) -> int:
-    """Return bytes of RAM while loading. Checkpoints that are not quantised are read whole, then packed by layer."""
+    """Return bytes of RAM while loading. All experts are packed in RAM before a device gets its own; beside them are
+    those that are being read: a few, or of quantised ones the codes of one layer."""
     facts = plan.facts
-    layer = max((e.num_experts * e.expert_bytes for e in facts.layers), default=0)
-    steady = ram.used - ram.reserve
-    if plan.quantized:
-        codes = max((e.num_experts * e.flops_per_row // 2 for e in facts.layers), default=0)
-        return max(steady, facts.dense_bytes + ram.experts + codes)
-    return max(steady, facts.dense_bytes + plan.model.expert_parameters * plan.model.dtype_bytes + layer)
+    layer = max((e.num_experts * e.flops_per_row // 2 for e in facts.layers), default=0)
+    # As they are stored, and their codes.
+    reading = layer if plan.quantized else min(LOADING, layer * (plan.model.dtype_bytes + 1))
+    return max(ram.used - ram.reserve, facts.dense_bytes + facts.expert_bytes + reading)
 
 
 def _missing(option: Estimate) -> tuple[int, int]:
