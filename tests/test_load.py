@@ -201,11 +201,10 @@ def test_weights_are_packed_once(folder, monkeypatch):
 def test_all_but_the_experts_can_be_moved():
     model = loading.load()
     move(model, torch.device("meta"))
-    experts = {id(p) for m in hf_experts.experts_modules(model) for p in m.parameters()}
+    experts = {id(t) for m in hf_experts.experts_modules(model) for t in (*m.parameters(), *m.buffers())}
     assert experts
-    for name, parameter in model.named_parameters():
-        assert parameter.device.type == ("cpu" if id(parameter) in experts else "meta"), name
-    assert all(b.device.type == "meta" for b in model.buffers())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert tensor.device.type == ("cpu" if id(tensor) in experts else "meta"), name
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight or not (
         model.config.tie_word_embeddings
     )
