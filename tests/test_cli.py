@@ -243,9 +243,9 @@ def test_generate_uses_the_weight_format(weight_format, model, capsys, monkeypat
     used = []
     pack = ktcompile.ops.PackedExperts.__init__
 
-    def noted(self, *tensors_and_spec):
-        used.append(tensors_and_spec[-1].weight_format)
-        pack(self, *tensors_and_spec)
+    def noted(self, gate_up, down, gate_up_bias, down_bias, spec, *name):
+        used.append(spec.weight_format)
+        pack(self, gate_up, down, gate_up_bias, down_bias, spec, *name)
 
     monkeypatch.setattr(ktcompile.ops.PackedExperts, "__init__", noted)
     assert run_generate(model, "--quiet", "--weight-format", weight_format) == 0
