@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import fx, nn
 
+from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.norms import NormFacts, describe_norm, epsilon_of
 from ktcompile.graph.owners import ParameterOwners
+from ktcompile.graph.regions import value_of
 from ktcompile.graph.report import CompileReport
 from ktcompile.quant import FORMATS
 
@@ -20,7 +22,7 @@ _DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
 
 def fuse_norm(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
     """Return how many were replaced."""
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+    if needs_gradients(example_inputs):
         return 0
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     parameters = {
@@ -53,12 +55,12 @@ def _replace(
     inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
     weights = [n for n in inputs if n in parameters]
     # Scalars (an epsilon that Dynamo made an input) are read from the module, not from the graph.
-    others = [n for n in inputs if n not in parameters and isinstance(v := _value(n), torch.Tensor) and v.dim()]
+    others = [n for n in inputs if n not in parameters and isinstance(v := value_of(n), torch.Tensor) and v.dim()]
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]
     if not (len(weights) == len(others) == len(outputs) == 1):
         return False
     (weight,), (x,), (output,) = weights, others, outputs
-    before, after = _value(x), _value(output)
+    before, after = value_of(x), value_of(output)
     if before.dtype not in _DTYPES or before.dtype != after.dtype or before.shape != after.shape:
         return False
     owner = owners.find(parameters[weight])
@@ -80,9 +82,3 @@ def _replace(
     for node in reversed(nodes):
         gm.graph.erase_node(node)
     return True
-
-
-def _value(node: fx.Node) -> torch.Tensor:
-    """The fake value that Dynamo recorded for a node."""
-    value: torch.Tensor = node.meta.get("example_value")  # type: ignore[assignment]
-    return value

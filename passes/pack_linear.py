@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ktcompile.config import CompileOptions
+from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.packed import PackedInput, add_packed_input
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.spec import LinearSpec
@@ -41,7 +42,7 @@ def pack_linear(
     """Return the pass for `options`, whose ISA holds for every layer. Weights keep their format."""
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        if needs_gradients(example_inputs):
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         values = dict(zip(placeholders, example_inputs, strict=False))

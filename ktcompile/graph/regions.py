@@ -68,7 +68,7 @@ def _region(
     label = f"{path} ({cls.__name__})"
     inside = set(nodes)
     live_ins = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
-    outputs = [n for n in nodes if isinstance(_value(n), torch.Tensor) and any(u not in inside for u in n.users)]
+    outputs = [n for n in nodes if isinstance(value_of(n), torch.Tensor) and any(u not in inside for u in n.users)]
     parameters = {n: v for n in live_ins if isinstance(v := values.get(n), nn.Parameter)}
     module = next((o.module for p in parameters.values() if (o := owners.find(p)) is not None), None)
     if module is None or type(module) is not cls:
@@ -86,10 +86,10 @@ def _region(
             return f"{label}: its graph does not read {name} directly"
         weights.append(node)
     # Scalars (a limit that Dynamo made an input) are read from the module, not from the graph.
-    others = [n for n in live_ins if n not in weights and isinstance(v := _value(n), torch.Tensor) and v.dim()]
-    inputs = _classify(others, _value(outputs[0]))
+    others = [n for n in live_ins if n not in weights and isinstance(v := value_of(n), torch.Tensor) and v.dim()]
+    inputs = _classify(others, value_of(outputs[0]))
     if inputs is None:
-        shapes = [f"{tuple(_value(n).shape)} {_value(n).dtype}" for n in others]
+        shapes = [f"{tuple(value_of(n).shape)} {value_of(n).dtype}" for n in others]
         return f"{label}: its inputs {shapes} are not (hidden_states, topk_ids, topk_weights)"
     gate_up, down, *biases = weights
     assert gate_up is not None and down is not None
@@ -98,20 +98,20 @@ def _region(
 
 def _classify(nodes: list[fx.Node], result: torch.Tensor) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Tell hidden_states [T, H], topk_ids and topk_weights [T, K] apart; None where that is not certain."""
-    if any(_value(n).dim() != 2 for n in nodes):
+    if any(value_of(n).dim() != 2 for n in nodes):
         return None
-    ids = [n for n in nodes if not _value(n).dtype.is_floating_point]
-    floats = [n for n in nodes if _value(n).dtype.is_floating_point]
+    ids = [n for n in nodes if not value_of(n).dtype.is_floating_point]
+    floats = [n for n in nodes if value_of(n).dtype.is_floating_point]
     if len(ids) != 1 or len(floats) != 2:
         return None
-    hidden = [n for n in floats if _value(n).shape[1] == result.shape[-1]]
-    weights = [n for n in floats if _value(n).shape[1] == _value(ids[0]).shape[1]]
+    hidden = [n for n in floats if value_of(n).shape[1] == result.shape[-1]]
+    weights = [n for n in floats if value_of(n).shape[1] == value_of(ids[0]).shape[1]]
     if len(hidden) != 1 or len(weights) != 1 or hidden == weights:
         return None
     return hidden[0], ids[0], weights[0]
 
 
-def _value(node: fx.Node) -> torch.Tensor:
+def value_of(node: fx.Node) -> torch.Tensor:
     """The fake value that Dynamo recorded for a node."""
     value: torch.Tensor = node.meta.get("example_value")  # type: ignore[assignment]
     return value

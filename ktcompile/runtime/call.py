@@ -94,7 +94,8 @@ class SplitCall:
             span = None if self._products is None else self._products.span()
             self._layer.activity.time(self._cpu_span, span)
             if self._left:
-                left_TH = self._run(only(self._left, len(self._state.cpu_id) - 1))
+                num_experts = len(self._state.cpu_id) - 1
+                left_TH = self._run(only(self._left, num_experts), known_ids(self._fetched, num_experts))
                 cpu_TH = left_TH if cpu_TH is None else cpu_TH + left_TH
             if cpu_TH is None:
                 return resident_TH.clone()
@@ -137,14 +138,14 @@ class SplitCall:
         if not on_cpu:
             return None
         begin = time.perf_counter()
-        result = self._run(state.cpu_id)
+        result = self._run(state.cpu_id, known_TK)
         self._cpu_span = begin, time.perf_counter()
         return result
 
-    def _run(self, cpu_id: torch.Tensor) -> torch.Tensor:
+    def _run(self, cpu_id: torch.Tensor, known_TK: torch.Tensor) -> torch.Tensor:
         """Return the CPU's product of the experts that `cpu_id` does not leave out."""
         x_TH, _, weights_TK = self._fetched.wait()
-        return run(x_TH, cpu_id[known_ids(self._fetched, len(cpu_id) - 1)], weights_TK, self._layer.experts)
+        return run(x_TH, cpu_id[known_TK], weights_TK, self._layer.experts)
 
 
 def known_ids(fetched: Fetched, num_experts: int) -> torch.Tensor:
