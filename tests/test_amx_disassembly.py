@@ -98,12 +98,14 @@ def bytes_loaded(code: Listing) -> set[int]:
 
 
 def resolved(before: Listing, operand: str) -> tuple[str, int]:
-    """Return base and displacement, of what the base was computed from if that was by `lea`."""
+    """Return base and displacement, of what the base was computed from if that was by `lea` or is a copy."""
     base, displacement = address(operand)
     for _, mnemonic, operands in reversed(before):
         if mnemonic == "lea" and operands.endswith(f",{base}"):
             base, more = address(operands)
             return base, displacement + more
+        if mnemonic == "mov" and re.fullmatch(rf"%\w+,{base}", operands):
+            return operands.split(",")[0], displacement
     return base, displacement
 
 

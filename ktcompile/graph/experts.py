@@ -12,7 +12,7 @@ from ktcompile.ops import reference
 from ktcompile.ops.spec import Activation, ExpertsSpec
 
 # What `use_experts_implementation` puts on a module.
-_FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 _LIMITS = ("limit", "swiglu_limit")
 _TOLERANCE = 1e-5
 
@@ -36,7 +36,7 @@ def describe(module: nn.Module) -> ExpertsFacts | str:
     missing = [flag for flag in _FLAGS if not hasattr(module, flag)]
     if missing:
         return f"{name} lacks {', '.join(missing)}, which transformers' decorator sets"
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # transformers before 5.18 has no such experts
         return f"{name} normalises each expert's output before weighting it, which the kernels do not do yet"
     up = "gate_up_proj" if module.has_gate else "up_proj"
     names = (up, "down_proj", *((f"{up}_bias", "down_proj_bias") if module.has_bias else (None, None)))
