@@ -58,7 +58,7 @@ class Steps:
         tokens = ids_TK.shape[0]
         if not tokens:
             return
-        # Copies, since layers wait for this and counting can wait until the step's end. A few numbers make a list sooner.
+        # Copies: layers wait for this, and counting can wait until the step ends. A few numbers make a list sooner.
         ids = ids_TK.tolist() if phase_of(tokens) is Phase.DECODE else ids_TK.numpy().flatten()
         with self._lock:
             number = self._numbers.setdefault(experts.number, len(self._numbers))
