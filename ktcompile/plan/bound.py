@@ -76,7 +76,7 @@ def _floors(interval: Interval) -> tuple[Floats, Floats, Floats]:
 
 
 def _whole(interval: Interval, fastest: Floats) -> Floats:
-    """Return what each layer-step of one token takes at least with some of its experts on the CPU [S * L], 0 for others.
+    """Return what each layer-step of one token takes at least with experts on the CPU [S * L], 0 for others.
 
     Its experts take equally long, so that only how many are cold matters; the best whole number is next to where both
     sides would take equally long.
