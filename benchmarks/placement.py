@@ -13,25 +13,36 @@ machine and a model like those of its published table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from ktcompile.bench.models import model_facts
+from ktcompile.bench.shapes import PRESETS as SHAPES
+from ktcompile.engine.generate import generate_to_end
+from ktcompile.models import hf_experts
+from ktcompile.models.load import load
+from ktcompile.ops import moe, pack_experts
+from ktcompile.ops.experts import PackedExperts
+from ktcompile.ops.observer import Observer, observing
 from ktcompile.plan.bound import lower_bound
 from ktcompile.plan.facts import ModelFacts, MoeLayerFacts
 from ktcompile.plan.forecast import Forecast
 from ktcompile.plan.hardware import PRESETS, Hardware, Link, Processor, preset
 from ktcompile.plan.interval import Interval, dense_seconds
 from ktcompile.plan.placement import budget_of, place
-from ktcompile.plan.profile import Phase
+from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.replan import ReplanConfig, replan
 from ktcompile.plan.simulate import Result, Setting, simulate
 from ktcompile.plan.synthetic import KINDS, Traffic, generate
-from ktcompile.plan.table import ExpertTable
+from ktcompile.plan.table import ExpertTable, Floats
 from ktcompile.plan.trace import Trace
+from ktcompile.runtime.recording import HALF_LIFE, Step, Steps, TraceLog
 
 STRATEGIES = ("uniform", "frequency", "kt-dynamic", "adaptive", "oracle", "clairvoyant")
 TABLE = ("kt-random", "kt-uniform", "kt-front", "kt-frequency", "kt-dynamic")
@@ -189,6 +200,80 @@ def replan_time() -> None:
         print(f"{hardware.name}: a plan of {len(moves)} moves takes {least:.2f} ms, {median:.2f} in the median")
 
 
+class _Timed:
+    """An observer that notes the thread's own seconds in another, which is told that calls go round so many layers."""
+
+    def __init__(self, observer: Observer, layers: int) -> None:
+        self._observer, self.layers = observer, layers
+        self.seconds: list[float] = []
+
+    def __call__(self, experts: PackedExperts, ids_TK: torch.Tensor) -> None:
+        layer = SimpleNamespace(number=len(self.seconds) % self.layers, num_experts=experts.num_experts)
+        begin = time.thread_time()
+        self._observer(layer, ids_TK)
+        self.seconds.append(time.thread_time() - begin)
+
+    def per_layer(self) -> Floats:
+        """Return the seconds of a layer for each step, less what the clock takes."""
+        clock = min(-time.thread_time() + time.thread_time() for _ in range(1000))
+        whole = len(self.seconds) // self.layers * self.layers
+        return np.array(self.seconds[:whole]).reshape(-1, self.layers).mean(axis=1) - clock
+
+
+def counter_cost(steps: int = 60) -> None:
+    """Print what it costs to record routing, a trace and a profile, beside the decode steps that are recorded.
+
+    The thread's own time of the counters, so that other processes do not count but caches that the step has emptied do;
+    the clock's time of the steps. Of the tiny model a whole step; of Qwen3-30B-A3B one layer's experts in int4, the
+    fastest format, and nothing else that a step does, so that the share is the largest that it can be.
+    """
+    model = load()
+    with _recorded(len(hf_experts.experts_modules(model))) as timed:
+        step = [time.perf_counter()]
+        for _ in generate_to_end(model, [17, 3, 250, 99], steps):
+            step.append(time.perf_counter())
+    _show_share("the tiny model", timed.per_layer(), np.diff(step)[1:] / timed.layers)
+
+    shape, layers = SHAPES["qwen3-30b-a3b"], len(model_facts("qwen3-30b-a3b").layers)
+    experts, hidden, inner = shape.num_experts, shape.hidden_size, shape.intermediate_size
+    gate_up = torch.randn(1, 2 * inner, hidden, dtype=torch.bfloat16).expand(experts, -1, -1)
+    down = torch.randn(1, hidden, inner, dtype=torch.bfloat16).expand(experts, -1, -1)
+    packed = pack_experts(gate_up, down, weight_format="int4")
+    x, weights = torch.randn(1, hidden, dtype=torch.bfloat16), torch.rand(1, shape.top_k)
+    with _recorded(layers) as timed:
+        layer = []
+        for _ in range(steps // 4 * layers):
+            ids = torch.randperm(experts)[None, : shape.top_k]
+            begin = time.perf_counter()
+            moe(x, ids, weights, packed)
+            layer.append(time.perf_counter() - begin)
+    _show_share("a layer of Qwen3-30B-A3B in int4", timed.per_layer(), np.array(layer) - np.array(timed.seconds))
+
+
+@contextlib.contextmanager
+def _recorded(layers: int) -> Iterator[_Timed]:
+    log, profiles = TraceLog(), list[RoutingProfile]()
+
+    def take(step: Step) -> None:
+        log.add(step)
+        if not profiles:
+            profiles.append(RoutingProfile(*step.rows.shape, HALF_LIFE))
+        profiles[0].record_counts(step.rows, np.minimum(step.rows, 1), step.tokens, 1, step.phase)
+
+    timed = _Timed(Steps(take), layers)
+    with observing(timed):
+        yield timed
+
+
+def _show_share(what: str, counters: Floats, work: Floats) -> None:
+    counted, least, median = np.median(counters), work.min(), np.median(work)
+    print(
+        f"{what}: recording takes {1e6 * counters.min():.1f} us a layer and step at least, {1e6 * counted:.1f} in the "
+        f"median, of {1e6 * least:.0f} at least, {1e6 * median:.0f} in the median: "
+        f"{100 * counters.min() / least:.2f} % by the least, {100 * counted / median:.2f} % by the medians"
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", nargs="+", default=["4090-ddr5"], choices=list(PRESETS))
@@ -201,7 +286,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one seed, 8 requests")
     parser.add_argument("--table", action="store_true", help="KTransformers' table instead")
     parser.add_argument("--replan-time", action="store_true", help="how long a plan takes on this machine instead")
+    parser.add_argument("--counter-cost", action="store_true", help="what recording costs on this machine instead")
     args = parser.parse_args()
+    if args.counter_cost:
+        counter_cost()
+        return 0
     if args.replan_time:
         replan_time()
         return 0

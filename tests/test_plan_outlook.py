@@ -64,6 +64,21 @@ def test_columns_of_an_order_are_its_placements(seed, machine):
         assert outlook.step_seconds(mask & table.exists)[0] == pytest.approx(seconds[:, n].sum())
 
 
+@pytest.mark.parametrize("machine", PRESETS)
+def test_columns_between_those_of_prefills_are_near_their_placements(machine):
+    facts = model(256, top_k=8)
+    table = ExpertTable.of(facts, preset(machine))
+    outlook = Outlook(table, Demand.of_profile(random_profile(facts, 0)))
+    order = np.argsort(-outlook.savings, axis=1)
+    seconds = outlook.layer_seconds(order)
+    for n in range(0, 257, 3):
+        mask = np.zeros(table.shape, dtype=bool)
+        np.put_along_axis(mask, order[:, :n], True, axis=1)
+        exact = outlook.step_seconds(mask)[0]
+        # Between the columns a bend is cut off.
+        assert seconds[0, n] == pytest.approx(exact, rel=1e-9 if n % 8 == 0 else 0.02), n
+
+
 def test_a_step_whose_cold_experts_vary_more_takes_longer():
     table = ExpertTable.of(model(64, top_k=8), preset("laptop"))
     curves = StepCurves(table, np.array([8.0]), 1.0)

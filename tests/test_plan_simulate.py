@@ -19,6 +19,7 @@ from ktcompile.plan.replan import ReplanConfig
 from ktcompile.plan.simulate import STRATEGIES, Setting, simulate
 from ktcompile.plan.synthetic import Traffic, generate
 from ktcompile.plan.table import ExpertTable
+from ktcompile.plan.trace import Trace
 
 HARDWARE = preset("4090-ddr5")
 hardware = st.sampled_from(list(PRESETS.values()))
@@ -58,6 +59,16 @@ def test_no_placement_is_faster_than_the_bound(machine, kinds, seed, room, scale
             best = min(best, *(interval.cost(mask, way).layers.total.sum() for way in ("cheaper", "split", "streamed")))
     assert bound <= best * (1 + 1e-9)
     assert bound >= 0.5 * best
+
+
+@pytest.mark.parametrize("machine", PRESETS)
+def test_the_bound_of_steps_that_are_alike_is_the_best_number_of_cold_experts(machine):
+    facts = model(16, top_k=8)
+    rows = np.zeros((5, 1, 16), dtype=np.int64)
+    rows[:, :, 3:11] = 1
+    interval = Interval(Trace.of_counts(rows, [1] * 5, [False] * 5), 0, 5, ExpertTable.of(facts, preset(machine)))
+    best = min(interval.cost(np.arange(16)[None] < n).layers.total.sum() for n in range(3, 12))
+    assert lower_bound(interval, 16 * SIZE) == pytest.approx(best)
 
 
 def setting(facts, **others):

@@ -70,8 +70,27 @@ def _floors(interval: Interval) -> tuple[Floats, Floats, Floats]:
     fastest[~used] = 0.0
     overhead = min(table.cpu_overhead, table.device_overhead)
     some_cold = np.maximum(table.cpu_overhead + fastest, overhead + _balanced(interval))
+    some_cold = np.maximum(some_cold, _whole(interval, fastest))
     # Streaming takes no less than all on the device.
     return all_hot, np.where(used, np.minimum(all_hot, some_cold), 0.0), fastest
+
+
+def _whole(interval: Interval, fastest: Floats) -> Floats:
+    """Return what each layer-step of one token takes at least with experts on the CPU [S * L], 0 for others.
+
+    Its experts take equally long, so that only how many are cold matters; the best whole number is next to where both
+    sides would take equally long.
+    """
+    table, used = interval.table, interval.used
+    device = interval.all_device / np.maximum(used, 1)
+    level = (table.device_overhead - table.cpu_overhead + interval.all_device) / np.maximum(fastest + device, 1e-30)
+    least = np.full(interval.num_slots, np.inf)
+    for near in (np.floor(level), np.floor(level) + 1):
+        cold = np.clip(near, 1, np.maximum(used, 1))
+        on_device = np.where(cold < used, table.device_overhead + (used - cold) * device, 0.0)
+        least = np.minimum(least, np.maximum(table.cpu_overhead + cold * fastest, on_device))
+    one = np.repeat(interval.tokens == 1, table.shape[0])
+    return np.where(one & (used > 0), least, 0.0)
 
 
 def _one_step(interval: Interval) -> Floats:

@@ -78,7 +78,7 @@ class Forecast:
         rows, touched = traffic.rows(Phase.DECODE), traffic.touched(Phase.DECODE)
         expected = rates * batch
         # Rows for each touched step: as counted, with the independent case standing for as many touches as 16 steps.
-        independent = np.maximum(-np.expm1(-expected), 1e-12)
+        independent = np.maximum(1.0 - np.exp(-expected.astype(np.float32)), 1e-12)
         per_touch = (rows + 16 * expected) / (touched + 16 * independent)
         touches = np.minimum(expected / np.maximum(per_touch, 1.0), 1.0)
         mean_rows = float(expected.sum() / touches.sum())

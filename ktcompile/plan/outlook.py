@@ -6,6 +6,7 @@ import numpy as np
 
 from ktcompile.plan.cost import Work, layer_seconds
 from ktcompile.plan.demand import Demand
+from ktcompile.plan.order import ascending
 from ktcompile.plan.step_curves import StepCurves
 from ktcompile.plan.table import ExpertTable, Floats, Mask
 
@@ -29,35 +30,47 @@ class Outlook:
     """
 
     def __init__(self, table: ExpertTable, demand: Demand) -> None:
-        self.table, self._prefills = table, demand.prefills
+        self.table, self._prefills, self._experts = table, demand.prefills, table.exists.sum(axis=1)
         touches = demand.touches
         if not touches.any():
             # Experts that nothing is known of are equally likely, if ever so little.
             touches = np.where(table.exists, 1e-12, 0.0)
         self._touches = touches
         # What each expert adds to its layer if it is cold.
-        each = [touches, touches * touches]
+        self._each = each = np.empty((5 if self._prefills else 2, *table.shape))
+        each[0] = touches
+        np.multiply(touches, touches, out=each[1])
         self.savings = touches * np.maximum(table.cpu_read, demand.touch_rows * table.cpu_row)[:, None]
         if self._prefills:
             rows = demand.prefill_rows
-            used = -np.expm1(-rows)
-            cpu, device = used * table.cpu_seconds(rows), used * table.device_seconds(rows)
+            used, cpu, device = each[2:]
+            np.subtract(1.0, np.exp(-rows.astype(np.float32)), out=used)
+            np.multiply(used, table.cpu_seconds(rows), out=cpu)
+            np.multiply(used, table.device_seconds(rows), out=device)
             self.savings += self._prefills * np.minimum(cpu, used * table.link[:, None])
-            each += [used, cpu, device]
-        self._each = np.stack(each)
-        self._all = self._each.sum(axis=2, keepdims=True)
+            self._last = device.max(axis=1, keepdims=True)
+        self._all = each.sum(axis=2, keepdims=True)
         self._curves = StepCurves(table, self._all[0, :, 0], demand.touch_rows)
 
     def layer_seconds(self, order_LE: np.ndarray) -> Floats:
         """Return a layer's seconds with its first n experts on the device [L, E + 1].
 
-        order [L, E]: ids, the first to go to the device first.
+        order [L, E]: ids, the first to go to the device first. What prefills take, where both sides' work is a sum over
+        many experts, is computed for some of many n, and lies on straight lines between.
         """
-        return self._seconds(self._cold_sums(order_LE))
+        seconds = self._decode_seconds(self._cold_sums(order_LE, self._each[:2]))
+        if self._prefills:
+            every = _stride(order_LE.shape[1])
+            prefill = self._prefill_seconds(self._cold_sums(order_LE, self._each[2:], every))
+            rises = (prefill[:, 1:] - prefill[:, :-1])[:, :, None] * (np.arange(every) / every)
+            rises += prefill[:, :-1, None]
+            seconds[:, :-1] += rises.reshape(len(rises), -1)
+            seconds[:, -1] += prefill[:, -1]
+        return seconds
 
     def step_seconds(self, *resident_LE: Mask) -> tuple[float, ...]:
         """Return the seconds of all layers for each of some placements, masks of what is on the device [L, E]."""
-        cold = np.stack([np.einsum("qle,le->ql", self._each, ~mask) for mask in resident_LE], axis=2)
+        cold = np.stack([np.einsum("qle,le->ql", self._each, 1.0 - mask) for mask in resident_LE], axis=2)
         return tuple(self._seconds(cold).sum(axis=0).tolist())
 
     def marginal_savings(
@@ -74,21 +87,20 @@ class Outlook:
         order = self._order(ahead)
         seconds = self.layer_seconds(order)
         # Somewhere the device would soon be the slower side if it had more than there is room for.
-        if (
-            np.argmin(seconds, axis=1) < np.minimum(_SOON * self._room(budget_bytes), self.table.exists.sum(axis=1))
-        ).any():
+        if (np.argmin(seconds, axis=1) < np.minimum(_SOON * self._room(budget_bytes), self._experts)).any():
             pinned = self.steadying(budget_bytes, resident_LE)
             if pinned.any():
                 order = self._order(ahead - _LAST * pinned.astype(np.float64))
                 seconds = self.layer_seconds(order)
         gains = np.minimum.accumulate(seconds[:, :-1] - seconds[:, 1:], axis=1)
         # What differs by rounding is no gain.
-        gains = np.where(np.abs(gains) > 1e-12 * seconds[:, :1], gains, 0.0)
+        gains *= np.abs(gains) > 1e-12 * seconds[:, :1]
         # Equal gains must be taken in the layer's order too.
         gains -= np.abs(gains) * (1e-9 * np.arange(gains.shape[1]))
         result = np.empty_like(gains)
-        np.put_along_axis(result, order, gains, axis=1)
-        return np.where(self.table.exists, result, 0.0)
+        result.reshape(-1)[self._flat(order)] = gains
+        result *= self.table.exists
+        return result
 
     def steadying(self, budget_bytes: float, resident_LE: Mask | None = None) -> Mask:
         """Return the experts [L, E] that are best left to the CPU although most steps use them.
@@ -98,10 +110,10 @@ class Outlook:
         used by a quarter more to be chosen.
         """
         table = self.table
-        experts, room = table.exists.sum(axis=1), self._room(budget_bytes)
+        experts, room = self._experts, self._room(budget_bytes)
         rank = self._touches if resident_LE is None else self._touches * np.where(resident_LE, 0.8, 1.0)
-        popular = np.argsort(-rank, axis=1)
-        unpopular = self._cold_sums(self._order(0.0))[:, :, ::-1]
+        popular = ascending(-rank)
+        unpopular = self._cold_sums(self._order(0.0), self._each)[:, :, ::-1]
         best, chosen = np.full(len(room), np.inf), np.zeros(len(room), dtype=int)
         for count in _PINNED:
             # Beside the most popular ones a number of the least popular ones are cold, as the budget wants, or more.
@@ -118,39 +130,69 @@ class Outlook:
 
     def _room(self, budget_bytes: float) -> np.ndarray:
         """Return how many experts of each layer there is room for, if all have the same share on the device."""
-        experts = self.table.exists.sum(axis=1)
-        share = min(budget_bytes / float((experts * self.table.bytes).sum()), 1.0)
-        room: np.ndarray = np.floor(share * experts + 1e-9)
+        share = min(budget_bytes / float((self._experts * self.table.bytes).sum()), 1.0)
+        room: np.ndarray = np.floor(share * self._experts + 1e-9)
         return room
 
     def _order(self, ahead: Floats | float) -> np.ndarray:
-        return np.argsort(np.where(self.table.exists, -self.savings - ahead, np.inf), axis=1)
+        worst_last = -self.savings
+        worst_last -= ahead
+        if not self.table.exists.all():
+            worst_last[~self.table.exists] = np.inf
+        return ascending(worst_last)
 
-    def _cold_sums(self, order_LE: np.ndarray) -> Floats:
-        """Return the sums over all experts but the first n of an order [..., L, E + 1]."""
-        kinds, layers, experts = self._each.shape
-        sums = np.zeros((kinds, layers, experts + 1))
-        flat = order_LE[:, ::-1] + experts * np.arange(layers)[:, None]
-        np.cumsum(self._each.reshape(kinds, -1).take(flat, axis=1), axis=2, out=sums[:, :, 1:])
+    def _flat(self, order_LE: np.ndarray) -> np.ndarray:
+        """Return the flat indices `layer * E + expert` of an order."""
+        layers, experts = order_LE.shape
+        flat: np.ndarray = order_LE + experts * np.arange(layers)[:, None]
+        return flat
+
+    def _cold_sums(self, order_LE: np.ndarray, each: Floats, every: int = 1) -> Floats:
+        """Return the sums over all experts but the first n of an order [..., L, E / every + 1], for every so many n."""
+        layers, experts = order_LE.shape
+        sums = np.zeros((len(each), layers, experts // every + 1))
+        last_first = np.ascontiguousarray(self._flat(order_LE)[:, ::-1])
+        for values, sums_LN in zip(each, sums, strict=True):
+            parts = values.reshape(-1).take(last_first)
+            if every > 1:
+                parts = np.einsum("lne->ln", parts.reshape(layers, -1, every))
+            np.cumsum(parts, axis=1, out=sums_LN[:, 1:])
         return sums[:, :, ::-1]
 
     def _seconds(self, cold: Floats) -> Floats:
         """Return the seconds of each layer [L, N], given the sums over its cold experts [..., L, N]."""
+        seconds = self._decode_seconds(cold[:2])
+        if self._prefills:
+            seconds += self._prefill_seconds(cold[2:])
+        return seconds
+
+    def _decode_seconds(self, cold: Floats) -> Floats:
         # Independent touches would vary by the sum of t (1 - t) on each side; that both sides' add up to a fixed number
         # leaves this of it.
         own = np.maximum(cold[0] - cold[1], 0.0)
         other = np.maximum((self._all[0] - self._all[1]) - own, 0.0)
-        seconds = self._curves.at(cold[0], own * other / np.maximum(own + other, 1e-30))
-        if not self._prefills:
-            return seconds
+        both = np.maximum(own + other, 1e-30)
+        own *= other
+        own /= both
+        return self._curves.at(cold[0], own)
+
+    def _prefill_seconds(self, cold: Floats) -> Floats:
+        """Return the share of each layer's prefills in a decode step [L, N]."""
+        used, cpu, device = cold
+        all_used, _, all_device = self._all[2:]
         work = Work(
-            cold=cold[2],
-            hot=self._all[2] - cold[2],
-            cpu=cold[3],
-            device=self._all[4] - cold[4],
-            all_device=self._all[4],
-            last=self._each[4].max(axis=1, keepdims=True),
-            copy=cold[2] * self.table.link[:, None],
+            cold=used,
+            hot=all_used - used,
+            cpu=cpu,
+            device=all_device - device,
+            all_device=all_device,
+            last=self._last,
+            copy=used * self.table.link[:, None],
         )
-        result: Floats = seconds + self._prefills * layer_seconds(self.table.hardware, work)
+        result: Floats = self._prefills * layer_seconds(self.table.hardware, work)
         return result
+
+
+def _stride(experts: int) -> int:
+    """Return a divisor of the number of experts that leaves at least 32 parts, or 1."""
+    return max(every for every in (1, 2, 4, 8) if every == 1 or (experts % every == 0 and experts >= 32 * every))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ktcompile.plan.demand import Demand
+from ktcompile.plan.order import ascending
 from ktcompile.plan.outlook import Outlook
 from ktcompile.plan.residency import NO_MOVES, Moves
 from ktcompile.plan.table import ExpertTable, Floats, Mask
@@ -68,33 +69,48 @@ def replan(
     free_LE = resident_LE if passing_LE is None else resident_LE | passing_LE
     # Between experts of a layer that are used about as much, the one whose copy costs nothing comes first.
     ahead = copies * (free_LE.astype(np.float64) + resident_LE) / config.horizon
-    passes = np.zeros(resident_LE.size, np.bool_) if passing_LE is None else passing_LE.reshape(-1)
-    cost, outlook = np.repeat(copies, table.shape[1]), Outlook(table, demand)
+    outlook = Outlook(table, demand)
     # A steadier share for the CPU may be too many moves away; what is left is to give it what is seldom used.
     for steady_within in (float(budget_bytes), 0.0):
-        seconds = outlook.marginal_savings(steady_within, resident_LE, ahead) * config.horizon
-        moves = _best(table, seconds.reshape(-1), resident_LE.reshape(-1), budget_bytes, link_seconds, cost, passes)
-        if not len(moves) or _pays(moves, outlook, resident_LE, cost, config.horizon):
+        seconds = outlook.marginal_savings(steady_within, resident_LE, ahead)
+        seconds *= config.horizon
+        moves = _best(table, seconds.reshape(-1), resident_LE, budget_bytes, link_seconds, copies[:, 0], passing_LE)
+        if not len(moves) or _pays(moves, outlook, resident_LE, copies[:, 0], config.horizon):
             return moves
     return NO_MOVES
 
 
 def _best(
-    table: ExpertTable, value: Floats, hot: Mask, budget: int, link_seconds: float, cost: Floats, passes: Mask
+    table: ExpertTable,
+    value: Floats,
+    resident_LE: Mask,
+    budget: int,
+    link_seconds: float,
+    copies: Floats,
+    passing_LE: Mask | None,
 ) -> Moves:
-    """Return the moves that save most, given what each expert saves [L * E], by the sum of this."""
-    size, link = (np.repeat(a, table.shape[1]) for a in (table.bytes, table.link))
-    free = budget - float(size[hot].sum())
-    density = value / size
-    incoming, outgoing = _candidates(density, hot, int(budget // table.bytes.min()), alike=np.ptp(table.bytes) == 0)
-    incoming = incoming[np.argsort(-density[incoming])]
-    outgoing = outgoing[np.argsort(density[outgoing])]
+    """Return the moves that save most, given what each expert saves [L * E], by the sum of this.
+
+    copies [L]: what a copy costs.
+    """
+    alike = bool(np.ptp(table.bytes) == 0)
+    # Of experts of one size one number says it all.
+    size, cost, link = (a[0] if alike else np.repeat(a, table.shape[1]) for a in (table.bytes, copies, table.link))
+    density, hot = value / size, resident_LE.reshape(-1)
+    incoming, outgoing = _candidates(density, hot, int(budget // table.bytes.min()), alike=alike)
+    incoming = incoming[ascending(-density[incoming])]
+    outgoing = outgoing[ascending(density[outgoing])]
+    cost_in, link_in, beside = cost, link, 0.0
+    if passing_LE is not None:
+        passes = passing_LE.reshape(-1)
+        cost_in, link_in = np.where(passes, 0.0, cost), np.where(passes, 0.0, link)
+        beside = float(table.link @ passing_LE.sum(axis=1))
     return _exchange(
-        _Side(incoming, value, size, np.where(passes, 0.0, cost), np.where(passes, 0.0, link)),
+        _Side(incoming, value, size, cost_in, link_in),
         _Side(outgoing, value, size, cost, link),
-        free,
+        budget - float(table.bytes @ resident_LE.sum(axis=1)),
         link_seconds,
-        link_seconds + float((passes * link).sum()),
+        link_seconds + beside,
     )
 
 
@@ -112,20 +128,25 @@ def _candidates(density: Floats, hot: Mask, room: int, *, alike: bool) -> tuple[
     return incoming, outgoing
 
 
-def _pays(moves: Moves, outlook: Outlook, resident_LE: Mask, cost: Floats, horizon: int) -> bool:
+def _pays(moves: Moves, outlook: Outlook, resident_LE: Mask, copies: Floats, horizon: int) -> bool:
     """Return whether moves save more together than their copies cost. What single ones save does not add up exactly."""
     after = resident_LE.copy()
     after.reshape(-1)[moves.experts] = moves.to_device
     now, then = outlook.step_seconds(resident_LE, after)
-    return (now - then) * horizon > float(cost[moves.experts].sum())
+    return (now - then) * horizon > float(copies[moves.experts // resident_LE.shape[1]].sum())
 
 
 class _Side:
-    """Experts that may leave one side, in order, and the sums over the first n of them."""
+    """Experts that may leave one side, in order, and the sums over the first n of them.
 
-    def __init__(self, experts: np.ndarray, value: Floats, size: Floats, cost: Floats, link: Floats) -> None:
+    value, size, cost, link: of each expert [L * E], or a number that all have.
+    """
+
+    def __init__(
+        self, experts: np.ndarray, value: Floats, size: Floats | float, cost: Floats | float, link: Floats | float
+    ) -> None:
         self.experts = experts
-        self.value, self.size, self.cost, self.link = (_sums(a[experts]) for a in (value, size, cost, link))
+        self.value, self.size, self.cost, self.link = (_sums(a, experts) for a in (value, size, cost, link))
 
 
 def _exchange(into: _Side, out: _Side, free: float, seconds_in: float, seconds_out: float) -> Moves:
@@ -161,7 +182,9 @@ def _in_order(into: np.ndarray, out: np.ndarray, leaving: np.ndarray) -> tuple[n
     return ordered, to_device
 
 
-def _sums(values: Floats) -> Floats:
-    sums = np.zeros(len(values) + 1)
-    np.cumsum(values, out=sums[1:])
+def _sums(values: Floats | float, experts: np.ndarray) -> Floats:
+    if not isinstance(values, np.ndarray):
+        return values * np.arange(len(experts) + 1.0)
+    sums = np.zeros(len(experts) + 1)
+    np.cumsum(values[experts], out=sums[1:])
     return sums

@@ -60,30 +60,45 @@ class _Group:
             last=device,
             copy=cold * table.link[layers, None] * scale,
         )
-        self._narrow = layer_cost(table.hardware, work, "split").total * np.minimum(touched[layers, None], 1.0)
-        self._wide = self._narrow @ _binomial(count)
+        seconds = layer_cost(table.hardware, work, "split").total * np.minimum(touched[layers, None], 1.0)
+        # Points of the curves, and their rise from each to the next.
+        self._narrow, self._wide = _with_rises(seconds), _with_rises(seconds @ _binomial(count))
 
     def at(self, share_LN: Floats, variance_LN: Floats) -> Floats:
         mean = share_LN * self._count
-        above = mean - np.floor(mean)
-        least, most = above * (1 - above), mean * (1 - share_LN)
-        part = np.minimum(np.maximum((variance_LN - least) / np.maximum(most - least, 1e-9), 0.0), 1.0)
-        narrow, wide = _at(self._narrow, share_LN), _at(self._wide, share_LN)
-        result: Floats = narrow + part * (wide - narrow)
-        return result
+        place = share_LN * (_POINTS - 1)
+        narrow, above = _at(self._narrow, mean)
+        wide, _ = _at(self._wide, place)
+        least = above * (1 - above)
+        span = mean * (1 - share_LN)
+        span -= least
+        part = variance_LN - least
+        part /= np.maximum(span, 1e-9, out=span)
+        np.minimum(np.maximum(part, 0.0, out=part), 1.0, out=part)
+        wide -= narrow
+        wide *= part
+        wide += narrow
+        return wide
 
 
-def _at(curves: Floats, share_LN: Floats) -> Floats:
-    """Return the values of curves over 0 to 1 [L, points], between whose points they are straight, at shares [L, N]."""
-    points = curves.shape[1]
-    place = share_LN * (points - 1)
-    left = np.minimum(place.astype(np.intp), points - 2)
-    place -= left
-    left += points * np.arange(len(curves))[:, None]
-    flat = curves.reshape(-1)
-    low = flat.take(left)
-    values: Floats = low + place * (flat.take(left + 1) - low)
-    return values
+def _with_rises(curves: Floats) -> tuple[Floats, Floats]:
+    rises = np.zeros_like(curves)
+    np.subtract(curves[:, 1:], curves[:, :-1], out=rises[:, :-1])
+    return curves, rises
+
+
+def _at(lines: tuple[Floats, Floats], place_LN: Floats) -> tuple[Floats, Floats]:
+    """Return the values of curves [L, points] at places [L, N] from 0 to points - 1, between which they are straight,
+    and by how much each place is above the last point."""
+    curves, rises = lines
+    whole = np.floor(place_LN)
+    above = place_LN - whole
+    whole += curves.shape[1] * np.arange(float(len(curves)))[:, None]
+    point = whole.astype(np.intp)
+    values, rise = curves.reshape(-1).take(point), rises.reshape(-1).take(point)
+    rise *= above
+    values += rise
+    return values, above
 
 
 @cache

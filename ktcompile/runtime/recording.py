@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,19 +49,24 @@ class Steps:
     def __init__(self, take: Callable[[Step], None]) -> None:
         self._take = take
         self._numbers: dict[int, int] = {}
-        self._rows: dict[int, NDArray[np.int64]] = {}
+        self._sizes: list[int] = []
+        self._ids: dict[int, Any] = {}
         self._tokens = 0
         self._lock = threading.Lock()
 
     def __call__(self, experts: PackedExperts, ids_TK: torch.Tensor) -> None:
-        if not len(ids_TK):
+        tokens = ids_TK.shape[0]
+        if not tokens:
             return
-        rows_E = np.bincount(ids_TK.flatten().numpy(), minlength=experts.num_experts)[: experts.num_experts]
+        # Copies: layers wait for this, and counting can wait until the step ends. A few numbers make a list sooner.
+        ids = ids_TK.tolist() if phase_of(tokens) is Phase.DECODE else ids_TK.numpy().flatten()
         with self._lock:
             number = self._numbers.setdefault(experts.number, len(self._numbers))
-            if number in self._rows:
+            if number == len(self._sizes):
+                self._sizes.append(experts.num_experts)
+            if number in self._ids:
                 self._end()
-            self._rows[number], self._tokens = rows_E, len(ids_TK)
+            self._ids[number], self._tokens = ids, tokens
 
     def end(self) -> None:
         """Take the last step, since no other comes."""
@@ -68,12 +74,18 @@ class Steps:
             self._end()
 
     def _end(self) -> None:
-        if len(self._rows) == len(self._numbers) > 0:
-            rows_LE = np.zeros((len(self._rows), max(map(len, self._rows.values()))), dtype=np.int64)
-            for number, rows_E in self._rows.items():
-                rows_LE[number, : len(rows_E)] = rows_E
-            self._take(Step(rows_LE, self._tokens))
-        self._rows = {}
+        if len(self._ids) == len(self._numbers) > 0:
+            self._take(Step(self._rows(), self._tokens))
+        self._ids = {}
+
+    def _rows(self) -> NDArray[np.int64]:
+        """Return the tokens of each expert in the step [L, E]."""
+        parts = [np.ravel(ids) for ids in self._ids.values()]
+        sizes, ids = np.array(self._sizes), np.concatenate(parts)
+        layers = np.repeat(list(self._ids), [len(part) for part in parts])
+        known = ids < sizes[layers]
+        flat = layers[known] * sizes.max() + ids[known]
+        return np.bincount(flat, minlength=len(sizes) * sizes.max()).reshape(len(sizes), -1)
 
 
 class TraceLog:
