@@ -6,7 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 NATIVE := $(shell find native cmake -type f) CMakeLists.txt
-NATIVE_BUILD := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DKT_PYTHON=OFF -DKT_TESTS=ON
+# Where the extension module is built, and the native tests of the same objects.
+BUILD := build/dev
 
 .PHONY: demo test check setup lint format types native-test sanitize valgrind bench wheel clean
 
@@ -28,7 +29,8 @@ setup: .venv/installed
 	touch $@
 
 .venv/installed: .venv/tools pyproject.toml $(NATIVE)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
+	  --config-settings=build-dir=$(BUILD) -e '.[dev]'
 	touch $@
 
 lint: setup
@@ -46,21 +48,20 @@ types: setup
 	$(BIN)/mypy
 
 native-test: setup
-	$(NATIVE_BUILD) -S . -B build/native
-	$(BIN)/cmake --build build/native
-	build/native/native/native_tests
+	$(BIN)/cmake --build $(BUILD) --target native_tests scaling
+	$(BUILD)/native/native_tests
 
 # The native tests under the address and undefined-behaviour sanitizers.
 sanitize: setup
-	$(NATIVE_BUILD) -DKT_SANITIZE=ON -S . -B build/sanitize
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DKT_PYTHON=OFF -DKT_SANITIZE=ON \
+	  -S . -B build/sanitize
+	$(BIN)/cmake --build build/sanitize --target native_tests
 	build/sanitize/native/native_tests
 
 # The same under valgrind, which knows no AVX-512. Needs valgrind.
 valgrind: setup
-	$(NATIVE_BUILD) -S . -B build/native
-	$(BIN)/cmake --build build/native
-	valgrind --quiet --leak-check=full --error-exitcode=9 build/native/native/native_tests --quick --isa scalar --isa avx2
+	$(BIN)/cmake --build $(BUILD) --target native_tests
+	valgrind --quiet --leak-check=full --error-exitcode=9 $(BUILD)/native/native_tests --quick --isa scalar --isa avx2
 
 # Minutes, on a machine where nothing else runs.
 bench: setup
