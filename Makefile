@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
+# Most tests use one core; torch and the kernels of two workers share what there is.
+PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 NATIVE := $(shell find native cmake -type f) CMakeLists.txt
 # Where the extension module is built, and the native tests of the same objects.
 BUILD := build/dev
@@ -15,11 +17,12 @@ demo: setup
 	$(BIN)/python examples/quickstart.py
 	$(BIN)/ktc generate "def fibonacci(n):" --max-tokens 96
 
-test: setup lint types native-test
-	$(BIN)/pytest -q
+test: setup
+	$(MAKE) -j2 -O lint types native-test
+	$(PYTEST)
 
 check: setup lint types
-	$(BIN)/pytest -q -x -m "not slow"
+	$(PYTEST) -x -m "not slow"
 
 setup: .venv/installed
 

@@ -19,7 +19,8 @@ from ktcompile.machine import machine
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fail before the first test where an instruction set that must be there is not."""
-    torch.set_num_threads(2)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(2 if workers == 1 else 1)  # workers share the cores
     expected = [isa for isa in os.environ.get("KTCOMPILE_EXPECT_ISAS", "").split(",") if isa]
     missing = [isa for isa in expected if isa not in machine().isas]
     if missing:
