@@ -32,7 +32,7 @@ setup: .venv/installed
 	touch $@
 
 .venv/installed: .venv/tools pyproject.toml $(NATIVE)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation \
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation --no-compile \
 	  --config-settings=build-dir=$(BUILD) -e '.[dev]'
 	touch $@
 
