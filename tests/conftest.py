@@ -30,7 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Give `set_num_threads`, and restore the number of native threads afterwards."""
-    before = ktcompile.get_num_threads()
+    """Give `set_num_threads`, and restore the numbers of native threads and of torch's afterwards."""
+    before, torch_before = ktcompile.get_num_threads(), torch.get_num_threads()
     yield ktcompile.set_num_threads
     ktcompile.set_num_threads(before)
+    torch.set_num_threads(torch_before)
+
+
+@pytest.fixture
+def one_torch_thread(threads: Callable[[int], None]) -> None:
+    """For tensors so small that threads only wait for each other."""
+    torch.set_num_threads(1)
