@@ -5,8 +5,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
+# Most tests use one core; torch and the kernels of two workers share what there is.
+PYTEST := $(BIN)/pytest -q -n logical --maxprocesses 4 --dist worksteal
 NATIVE := $(shell find native cmake -type f) CMakeLists.txt
-NATIVE_BUILD := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DKT_PYTHON=OFF -DKT_TESTS=ON
+# Where the extension module is built, and the native tests of the same objects.
+BUILD := build/dev
 
 .PHONY: demo test check setup lint format types native-test sanitize valgrind bench wheel clean
 
@@ -14,11 +17,12 @@ demo: setup
 	$(BIN)/python examples/quickstart.py
 	$(BIN)/ktc generate "def fibonacci(n):" --max-tokens 96
 
-test: setup lint types native-test
-	$(BIN)/pytest -q
+test: setup
+	$(MAKE) -j2 -O lint types native-test
+	$(PYTEST)
 
 check: setup lint types
-	$(BIN)/pytest -q -x -m "not slow"
+	$(PYTEST) -x -m "not slow"
 
 setup: .venv/installed
 
@@ -28,7 +32,8 @@ setup: .venv/installed
 	touch $@
 
 .venv/installed: .venv/tools pyproject.toml $(NATIVE)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c constraints.txt --no-build-isolation --no-compile \
+	  --config-settings=build-dir=$(BUILD) -e '.[dev]'
 	touch $@
 
 lint: setup
@@ -46,21 +51,20 @@ types: setup
 	$(BIN)/mypy
 
 native-test: setup
-	$(NATIVE_BUILD) -S . -B build/native
-	$(BIN)/cmake --build build/native
-	build/native/native/native_tests
+	$(BIN)/cmake --build $(BUILD) --target native_tests scaling
+	$(BUILD)/native/native_tests
 
 # The native tests under the address and undefined-behaviour sanitizers.
 sanitize: setup
-	$(NATIVE_BUILD) -DKT_SANITIZE=ON -S . -B build/sanitize
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DKT_PYTHON=OFF -DKT_SANITIZE=ON \
+	  -S . -B build/sanitize
+	$(BIN)/cmake --build build/sanitize --target native_tests
 	build/sanitize/native/native_tests
 
 # The same under valgrind, which knows no AVX-512. Needs valgrind.
 valgrind: setup
-	$(NATIVE_BUILD) -S . -B build/native
-	$(BIN)/cmake --build build/native
-	valgrind --quiet --leak-check=full --error-exitcode=9 build/native/native/native_tests --quick --isa scalar --isa avx2
+	$(BIN)/cmake --build $(BUILD) --target native_tests
+	valgrind --quiet --leak-check=full --error-exitcode=9 $(BUILD)/native/native_tests --quick --isa scalar --isa avx2
 
 # Minutes, on a machine where nothing else runs.
 bench: setup

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-DEFAULT_PROGRAM = Path(__file__).parents[1] / "build/native/native/scaling"
+DEFAULT_PROGRAM = Path(__file__).parents[1] / "build/dev/native/scaling"
 
 
 def instructions(program: Path, experts: int) -> float:

@@ -19,7 +19,8 @@ from ktcompile.machine import machine
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fail before the first test where an instruction set that must be there is not."""
-    torch.set_num_threads(2)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(2 if workers == 1 else 1)  # workers share the cores
     expected = [isa for isa in os.environ.get("KTCOMPILE_EXPECT_ISAS", "").split(",") if isa]
     missing = [isa for isa in expected if isa not in machine().isas]
     if missing:
@@ -29,7 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Give `set_num_threads`, and restore the number of native threads afterwards."""
-    before = ktcompile.get_num_threads()
+    """Give `set_num_threads`, and restore the numbers of native threads and of torch's afterwards."""
+    before, torch_before = ktcompile.get_num_threads(), torch.get_num_threads()
     yield ktcompile.set_num_threads
     ktcompile.set_num_threads(before)
+    torch.set_num_threads(torch_before)
+
+
+@pytest.fixture
+def one_torch_thread(threads: Callable[[int], None]) -> None:
+    """For tensors so small that threads only wait for each other."""
+    torch.set_num_threads(1)

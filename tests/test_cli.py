@@ -38,13 +38,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def restored():
+def restored(threads):
     """Undo what commands do to the process, and forget the machine that a test pretended to have."""
-    threads, torch_threads = ktcompile.get_num_threads(), torch.get_num_threads()
     yield
     machine.cache_clear()
-    ktcompile.set_num_threads(threads)
-    torch.set_num_threads(torch_threads)
 
 
 @pytest.fixture

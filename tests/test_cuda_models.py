@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.compare import relative_error
-from helpers.moe_models import MoeCase, build, decorated_experts_classes, moe_case
+from helpers.moe_models import build, case_of
+from helpers.two_sides import FAMILIES, greedy_logits, place
 from torch import nn
 
 import ktcompile
 from ktcompile.graph import report
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitExperts
-
-FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_next", "glm4_moe")
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -32,11 +31,6 @@ def fresh():
     torch._dynamo.reset()
 
 
-def case_of(family: str) -> MoeCase:
-    (found,) = (c for c in decorated_experts_classes() if c[0].split(".")[-2] == family)
-    return moe_case(*found)
-
-
 def on_both_sides(model: nn.Module) -> nn.Module:
     """Move all but the experts to the GPU."""
     model.set_experts_implementation("kt")
@@ -48,19 +42,6 @@ def on_both_sides(model: nn.Module) -> nn.Module:
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.cuda()
     return model
-
-
-def tokens(model: Any, kwargs: dict[str, Any], count: int = 3) -> torch.Tensor:
-    """Return the logits of a prompt and of some greedy steps after it."""
-    inputs = {**kwargs, "use_cache": True}
-    with torch.no_grad():
-        out = model(**inputs)
-        steps = [out.logits[:, -1]]
-        for _ in range(count):
-            chosen = steps[-1].argmax(-1, keepdim=True)
-            out = model(input_ids=chosen, past_key_values=out.past_key_values, use_cache=True)
-            steps.append(out.logits[:, -1])
-    return torch.stack(steps).cpu()
 
 
 @pytest.mark.slow
@@ -76,27 +57,14 @@ def test_logits_equal_those_of_the_cpu(family, inner, monkeypatch):
 
     monkeypatch.setattr(Placer, "place", noted)
     model, kwargs = build(case_of(family))
-    wanted = tokens(model, kwargs)
+    wanted = greedy_logits(model, kwargs)
     on_both_sides(model)
     inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
     options = {"inner": inner, "device": "cuda", "placement": "uniform", "device_expert_fraction": 1.0}
     both = torch.compile(model, backend="kt", options=options, dynamic=True)
-    assert relative_error(tokens(both, inputs), wanted) < 1e-4
+    assert relative_error(greedy_logits(both, inputs), wanted) < 1e-4
     compiled, count = len(ktcompile.compile_reports()), layers[0].experts.num_experts
     for resident in (0, 1, count // 2, count):
-        for layer in layers:
-            place(layer, resident)
-        assert relative_error(tokens(both, inputs), wanted) < 1e-4, f"{resident} of {count}"
+        place(layers, resident)
+        assert relative_error(greedy_logits(both, inputs), wanted) < 1e-4, f"{resident} of {count}"
     assert len(ktcompile.compile_reports()) == compiled
-
-
-def place(layer: SplitExperts, count: int) -> None:
-    """Leave the last `count` experts on the device, and no other."""
-    wanted = set(range(layer.experts.num_experts - count, layer.experts.num_experts))
-    for expert in layer.resident - wanted:
-        layer.demote(expert)
-    layer.settle()
-    for expert in wanted - layer.resident:
-        layer.promote(expert)
-    layer.settle()
-    assert layer.resident == wanted

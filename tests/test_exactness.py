@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.compare import assert_exact
-from helpers.moe_models import build, decorated_experts_classes, moe_case
+from helpers.moe_models import build, case_of
 from transformers import DynamicCache
 
 FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3")
@@ -39,8 +39,7 @@ def in_chunks(run: Callable[..., Any], config: Any, ids: torch.Tensor, size: int
     [("qwen3_moe", "eager", (1, 16, 100)), *((f, "eager", (16, 100)) for f in FAMILIES), INDUCTOR],
 )
 def test_logits_of_a_whole_model(family, inner, sizes, threads):
-    (case,) = (c for c in decorated_experts_classes() if c[0].split(".")[-2] == family)
-    model, kwargs = build(moe_case(*case))
+    model, kwargs = build(case_of(family))
     model.to(torch.bfloat16)
     run = torch.compile(model, backend="kt", options={"inner": inner}, dynamic=True)
     tokens = int(kwargs["input_ids"].max()) + 1

@@ -21,14 +21,7 @@ from ktcompile.quant import FORMATS
 PROMPT_IDS = [17, 3, 250, 99, 42, 42, 7]
 REPLACEMENT = "\ufffd"
 
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The tensors are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def stock_tokens(model, count, **settings):

@@ -15,7 +15,6 @@ import pytest
 import torch
 from helpers.text_model import save_model
 
-import ktcompile
 from ktcompile import cli
 from ktcompile.cli import device_args
 from ktcompile.config import DeviceOptions
@@ -35,12 +34,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def restored():
+def restored(threads):
     """Undo what commands do to the process."""
-    threads, torch_threads = ktcompile.get_num_threads(), torch.get_num_threads()
     yield
-    ktcompile.set_num_threads(threads)
-    torch.set_num_threads(torch_threads)
     torch._dynamo.reset()
 
 

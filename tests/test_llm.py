@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from helpers.text_model import byte_level_tokenizer, save_model
 
 import ktcompile
@@ -31,12 +30,7 @@ def llm(folder):
     return ktcompile.LLM(folder)
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def test_an_answer_is_what_the_model_generates(llm):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from helpers.compare import relative_error
 from helpers.moe_models import MoeCase, NoCaseError, build, decorated_experts_classes, experts_modules, moe_case, run
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import ktcompile
+from ktcompile.backend import kt
 
 pytestmark = pytest.mark.slow
 
@@ -33,11 +35,21 @@ def case(request: pytest.FixtureRequest) -> MoeCase:
 
 
 def test_fp32_logits_equal_eager(case: MoeCase) -> None:
+    """In Dynamo's graph the experts are regions, which take hidden states, ids, weights and the module's parameters,
+    and give one tensor."""
     model, kwargs = build(case)
     wanted, calls = routed(case, model, kwargs, "eager")
     model.set_experts_implementation("grouped_mm")
-    got, reports = compiled(case, model, kwargs)
+    regions: list[Region] = []
+
+    def recording(gm: fx.GraphModule, example_inputs: list[Tensor], **options: Any) -> Any:
+        regions.extend(regions_of(gm.graph, case.experts_class))
+        return kt(gm, example_inputs, **options)
+
+    got, reports = compiled(case, model, kwargs, backend=recording)
     assert relative_error(got, wanted) < 1e-5
+    parameters = len(list(next(iter(experts_modules(model, case.experts_class).values())).parameters()))
+    assert regions == [Region(parameters, others=3, outputs=1)] * len(calls)
     assert sum(r.moe_found for r in reports) == len(calls)
     fallbacks = [reason for r in reports for reason in r.fallbacks]
     if word := LEFT_TO_STOCK.get(case.name):
@@ -81,17 +93,48 @@ def stock(model: nn.Module, kwargs: dict[str, Any], implementation: str) -> Tens
 
 
 def compiled(
-    case: MoeCase, model: nn.Module, kwargs: dict[str, Any], disable: Sequence[str] = ()
+    case: MoeCase,
+    model: nn.Module,
+    kwargs: dict[str, Any],
+    disable: Sequence[str] = (),
+    backend: Callable[..., Any] | str = "kt",
 ) -> tuple[Tensor, list[ktcompile.CompileReport]]:
     """The logits of the compiled model, and the reports of its graphs. disable: passes."""
     torch._dynamo.reset()
     known = {id(r) for r in ktcompile.compile_reports()}
-    fast = torch.compile(
-        model, backend="kt", options={"inner": "eager", "disable_passes": disable}, fullgraph=case.fullgraph
-    )
+    options = {"inner": "eager", "disable_passes": disable}
+    fast = torch.compile(model, backend=backend, options=options, fullgraph=case.fullgraph)
     with torch.no_grad():
         result = run(fast, kwargs)
     return result, [r for r in ktcompile.compile_reports() if id(r) not in known]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What a call of an experts module takes from the rest of a graph and gives to it, in numbers of nodes. parameters:
+    placeholders."""
+
+    parameters: int
+    others: int
+    outputs: int
+
+
+def regions_of(graph: fx.Graph, experts_class: type[nn.Module]) -> list[Region]:
+    """Return the regions that were traced inside of experts modules, in the order of the graph."""
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        for path, owner in node.meta.get("nn_module_stack", {}).values():
+            if owner is experts_class:
+                nodes.setdefault(path, []).append(node)
+    regions = []
+    for region in nodes.values():
+        inputs = {node for inner in region for node in inner.all_input_nodes} - set(region)
+        parameters = sum(node.op == "placeholder" for node in inputs)
+        outputs = sum(not set(region).issuperset(node.users) for node in region)
+        regions.append(Region(parameters, len(inputs) - parameters, outputs))
+    return regions
 
 
 Routing = list[tuple[Tensor, Tensor]]  # topk_ids and topk_weights of each call of an experts module

@@ -15,7 +15,7 @@ from helpers.moe_models import (
     moe_case,
     run,
 )
-from torch import Tensor, fx
+from torch import Tensor
 
 pytestmark = pytest.mark.slow
 
@@ -68,34 +68,6 @@ def test_the_experts_matter(case: MoeCase) -> None:
     assert _relative_error(_run_with(model, kwargs, "grouped_mm"), before) > 0.03
 
 
-def test_the_experts_are_a_region_of_the_graph(case: MoeCase) -> None:
-    """The region takes hidden states, ids, weights and the module's parameters, and gives one tensor."""
-    model, kwargs = build(case)
-    model.set_experts_implementation("grouped_mm")
-    graphs: list[fx.Graph] = []
-
-    def record(gm: fx.GraphModule, example_inputs: list[Tensor]) -> Any:
-        graphs.append(gm.graph)
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected = run(model, kwargs)
-        actual = run(torch.compile(model, backend=record, fullgraph=case.fullgraph, dynamic=False), kwargs)
-    assert _relative_error(actual, expected) < 1e-4
-
-    parameters = len(list(next(iter(experts_modules(model, case.experts_class).values())).parameters()))
-    regions = [region for graph in graphs for region in _regions(graph, case.experts_class)]
-    assert regions, f"no node of {len(graphs)} graphs names {case.name} in its nn_module_stack"
-    for region in regions:
-        inside = set(region)
-        live_ins = {node for inner in region for node in inner.all_input_nodes} - inside
-        live_outs = [node for node in region if not inside.issuperset(node.users)]
-        assert len(live_outs) == 1
-        assert len([node for node in live_ins if node.op == "placeholder"]) == parameters
-        assert len([node for node in live_ins if node.op != "placeholder"]) == 3
-
-
 def _named_tensors(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
@@ -108,15 +80,3 @@ def _run_with(model: Any, kwargs: dict[str, Any], implementation: str) -> Tensor
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
-
-
-def _regions(graph: fx.Graph, experts_class: type[torch.nn.Module]) -> list[list[fx.Node]]:
-    """Return the nodes traced inside each call of an experts module, in the order of the graph."""
-    regions: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        for path, owner in node.meta.get("nn_module_stack", {}).values():
-            if owner is experts_class:
-                regions.setdefault(path, []).append(node)
-    return list(regions.values())

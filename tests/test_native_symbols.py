@@ -34,7 +34,7 @@ def objects(tmp_path_factory) -> Path:
         if not shutil.which("cmake"):
             pytest.skip("no build to look at, and no cmake to make one")
         builds = [tmp_path_factory.mktemp("build")]
-        configure = ["cmake", "-S", ROOT, "-B", builds[0], "-DKT_PYTHON=OFF", "-DKT_TESTS=OFF"]
+        configure = ["cmake", "-S", ROOT, "-B", builds[0], "-DKT_PYTHON=OFF"]
         for command in (configure, ["cmake", "--build", builds[0], "--parallel", "2"]):
             subprocess.run(command, check=True, capture_output=True, timeout=300)
     return max(builds, key=lambda b: (b / "CMakeCache.txt").stat().st_mtime) / "native/CMakeFiles"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from helpers.compare import assert_exact, assert_reduction, relative_error
 
-import ktcompile
 from ktcompile import _native
 from ktcompile.machine import machine
 from ktcompile.ops import linear, pack_linear
@@ -57,20 +58,18 @@ def test_every_isa_agrees_with_plain_torch(name: str, shape: tuple[int, int], dt
 
 @pytest.mark.parametrize("isa", machine().isas)
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_row_has_the_same_bits_in_any_batch_on_any_number_of_threads(name: str, isa: str) -> None:
+def test_a_row_has_the_same_bits_in_any_batch_on_any_number_of_threads(
+    name: str, isa: str, threads: Callable[[int], None]
+) -> None:
     rows = 24 if isa == "amx_emu" else 300
     x, weight, bias = random_case((70, 224), rows, torch.bfloat16)
     packed = pack_linear(weight, bias, name, isa)
     whole = linear(x, packed)
-    threads = ktcompile.ops.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            ktcompile.set_num_threads(count)
-            assert_exact(linear(x, packed), whole, f"{count} threads")
-            for begin, end in ((0, 1), (3, 5), (7, 14), (rows - 1, rows), (2, rows - 1)):
-                assert_exact(linear(x[begin:end], packed), whole[begin:end], f"{begin}:{end}, {count} threads")
-    finally:
-        ktcompile.set_num_threads(threads)
+    for count in (1, 2, 5):
+        threads(count)
+        assert_exact(linear(x, packed), whole, f"{count} threads")
+        for begin, end in ((0, 1), (3, 5), (7, 14), (rows - 1, rows), (2, rows - 1)):
+            assert_exact(linear(x[begin:end], packed), whole[begin:end], f"{begin}:{end}, {count} threads")
 
 
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.codec is not None])

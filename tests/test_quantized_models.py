@@ -16,7 +16,6 @@ from helpers.compare import assert_exact, relative_error
 from helpers.quantized_models import KINDS, QWEN, TOKENS, write_checkpoint
 from helpers.text_model import byte_level_tokenizer
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import ktcompile
 from ktcompile import cli
@@ -24,25 +23,19 @@ from ktcompile.engine.generate import generate
 from ktcompile.graph.report import clear_compile_reports
 from ktcompile.models import hf_experts, streaming
 from ktcompile.models.stored_model import reader_of
-from ktcompile.ops.experts import PackedExperts, from_handle
-from ktcompile.ops.reference import moe as reference_moe
-from ktcompile.ops.spec import Activation, ExpertsSpec
-from ktcompile.quant.checkpoints import Fp8Reader
+from ktcompile.ops.experts import from_handle
 
 # With these everything else is computed as without a compiler.
 EXPERTS_ONLY = {"inner": "eager", "disable_passes": ["fuse_norm", "fuse_attention", "pack_linear"]}
 SECOND = "model-00002-of-00002.safetensors"
 PLAIN_LINEAR = "model.layers.0.self_attn.k_proj.weight"
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The tensors are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh():
     torch._dynamo.reset()
-    yield
-    torch.set_num_threads(before)
 
 
 def logits(model, tokens=TOKENS):
@@ -440,115 +433,3 @@ def transformers_model(config):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config)
-
-
-class TestFp8Experts:
-    """transformers' own class, as its quantizer puts it into models."""
-
-    @staticmethod
-    def module(block=(128, 128), fp4=False, **others):
-        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-        from transformers.integrations.moe import use_experts_implementation
-
-        # The decorator changes the class that it is given.
-        own = type("FP8Experts", (fp8.FP8Experts,), {})
-        decorated = use_experts_implementation(own, experts_interface=fp8.ALL_FP8_EXPERTS_FUNCTIONS)
-        config = type(QWEN)(**{**QWEN.to_dict(), **others})
-        config._experts_implementation = "kt"
-        more = {"expert_dtype": "fp4", "scale_fmt": "ue8m0"} if fp4 else {}
-        module = decorated(config, block_size=block, **more)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in module.parameters():
-            shape = parameter.shape
-            if parameter.dtype == torch.float8_e4m3fn:
-                new = (torch.randn(shape, generator=generator) * 50).to(parameter.dtype)
-            elif parameter.dtype == torch.int8:
-                new = torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
-            elif parameter.dtype == torch.float8_e8m0fnu:
-                new = torch.randint(120, 125, shape, generator=generator).byte().view(parameter.dtype)
-            else:
-                new = (torch.rand(shape, generator=generator) + 0.5) / 500
-            parameter.data = new
-        return module
-
-    @staticmethod
-    def inputs(dtype=torch.float32, tokens=9):
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(tokens, QWEN.hidden_size, generator=generator).to(dtype)
-        ids = torch.rand(tokens, QWEN.num_experts, generator=generator).argsort(1)[:, :3].contiguous()
-        return x, ids, torch.randn(tokens, 3, generator=generator).softmax(1).to(dtype)
-
-    @staticmethod
-    def wanted(module, inputs, activation=Activation("silu")):  # noqa: B008  (frozen)
-        reader = Fp8Reader(module.block_size)
-        tensors = dict(module.named_parameters())
-        weights = [reader.read(tensors, name).dequantize() for name in ("gate_up_proj", "down_proj")]
-        return reference_moe(*inputs, *weights, ExpertsSpec(activation))
-
-    @pytest.mark.parametrize("block", ((128, 128), (64, 128), None))
-    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-    def test_runs_on_the_kernels(self, block, dtype):
-        module, inputs = self.module(block), self.inputs(dtype)
-        with torch.no_grad():
-            got = module(*inputs)
-            assert got.dtype == dtype
-            assert relative_error(got, self.wanted(module, inputs)) < (8e-3 if dtype == torch.bfloat16 else 2e-6)
-            compiled = torch.compile(module, backend="kt", options={"inner": "eager"}, fullgraph=True)
-            assert_exact(compiled(*inputs), got)
-        report = ktcompile.compile_reports()[-1]
-        assert (report.moe_fused, report.fallbacks) == (1, [])
-
-    def test_pairs_of_four_bits(self):
-        module, inputs = self.module(fp4=True), self.inputs()
-        with torch.no_grad():
-            assert relative_error(module(*inputs), self.wanted(module, inputs)) < 2e-6
-
-    def test_a_clamped_activation(self):
-        module, inputs = self.module(swiglu_alpha=1.3, swiglu_limit=0.5), self.inputs()
-        activation = Activation("swigluoai", alpha=1.3, limit=0.5)
-        with torch.no_grad():
-            assert relative_error(module(*inputs), self.wanted(module, inputs, activation)) < 2e-6
-
-    def test_is_packed_once_and_again_after_a_change(self, monkeypatch):
-        module, inputs = self.module(), self.inputs()
-        made = []
-        pack = PackedExperts.__init__
-        monkeypatch.setattr(PackedExperts, "__init__", lambda self, *args: (made.append(self), pack(self, *args))[1])
-        with torch.no_grad():
-            first = module(*inputs)
-            assert_exact(module(*inputs), first)
-            assert len(made) == 1 and made[0].format.name == "fp8"
-            module.down_proj_scale_inv.mul_(2)
-            assert_exact(module(*inputs), 2 * first)
-            assert len(made) == 2
-        last = weakref.ref(made[1])
-        made.clear()
-        assert last() is not None
-        del module
-        gc.collect()
-        assert last() is None
-
-    def test_one_compiled_graph_serves_other_weights(self):
-        module, inputs = self.module(), self.inputs()
-        with torch.no_grad():
-            compiled = torch.compile(module, backend="kt", options={"inner": "eager"}, fullgraph=True)
-            compiled(*inputs)
-            graphs = len(ktcompile.compile_reports())
-            module.gate_up_proj.data = module.gate_up_proj.data.flip(0).contiguous()
-            assert relative_error(compiled(*inputs), self.wanted(module, inputs)) < 2e-6
-            assert len(ktcompile.compile_reports()) == graphs
-
-    def test_an_unknown_activation_is_left_to_the_stock_code(self, monkeypatch):
-        fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-        called = []
-        monkeypatch.setitem(
-            fp8.FP8ExpertsInterface._global_mapping, "grouped_mm", lambda *args: called.append(args) or args[1]
-        )
-        module = self.module()
-        module.act_fn = nn.Tanh()
-        x, ids, weights = self.inputs()
-        assert module(x, ids, weights) is x
-        assert called[0][0] is module
-
-    def test_configure_leaves_it(self):
-        assert hf_experts.configure(nn.Sequential(self.module()), "bf16") == []

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.compare import relative_error
-from helpers.moe_models import MoeCase, build, decorated_experts_classes, moe_case
+from helpers.moe_models import build, case_of
+from helpers.two_sides import FAMILIES, greedy_logits, place
 from ktcompile.passes import passes_for
 from ktcompile.passes.overlap import overlap
 from torch import fx, nn
@@ -24,7 +25,6 @@ from ktcompile.runtime.adaptive import AdaptivePlacement
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.split import SplitExperts
 
-FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_next", "glm4_moe")
 STAND_IN = {"inner": "eager", "device": "stand-in", "placement": "uniform"}
 
 
@@ -34,11 +34,6 @@ def fresh():
     report.clear_compile_reports()
     yield
     torch._dynamo.reset()
-
-
-def case_of(family: str) -> MoeCase:
-    (found,) = (c for c in decorated_experts_classes() if c[0].split(".")[-2] == family)
-    return moe_case(*found)
 
 
 def split_layers(graph_inputs: list[PackedExperts]) -> list[SplitExperts]:
@@ -66,20 +61,6 @@ def logits(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
         return model(**kwargs).logits
 
 
-def tokens(model: Any, kwargs: dict[str, Any], count: int = 3) -> torch.Tensor:
-    """Prefill and decode, greedily, with a cache."""
-    inputs = {**kwargs, "use_cache": True}
-    with torch.no_grad():
-        out = model(**inputs)
-        chosen = [out.logits[:, -1:].argmax(-1)]
-        steps = [out.logits[:, -1]]
-        for _ in range(count):
-            out = model(input_ids=chosen[-1], past_key_values=out.past_key_values, use_cache=True)
-            chosen.append(out.logits[:, -1:].argmax(-1))
-            steps.append(out.logits[:, -1])
-    return torch.stack(steps)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
@@ -96,33 +77,20 @@ def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
     for layer in layers:
         layer.streaming = None
     place(layers, 0)
-    wanted = tokens(both, kwargs)
+    wanted = greedy_logits(both, kwargs)
     compiled = len(ktcompile.compile_reports())
     for resident in (1, count // 2, count - 1, count):
         place(layers, resident)
-        assert relative_error(tokens(both, kwargs), wanted) < 2e-6, f"{resident} of {count}"
+        assert relative_error(greedy_logits(both, kwargs), wanted) < 2e-6, f"{resident} of {count}"
     place(layers, count // 2)
     for layer, how in zip(layers, streaming, strict=True):
         layer.streaming, layer.activity = how, Activity()
-    assert relative_error(tokens(both, kwargs), wanted) < 2e-6, "streamed"
+    assert relative_error(greedy_logits(both, kwargs), wanted) < 2e-6, "streamed"
     # The prompt, and no step of decode.
     assert [(layer.activity.calls, layer.activity.streamed_calls) for layer in layers] == [(4, 1)] * len(layers)
     assert all(layer.activity.streamed_rows for layer in layers)
     assert len(packed) == len(layers)  # the graphs that were compiled later left experts where they were
     assert len(ktcompile.compile_reports()) == compiled
-
-
-def place(layers: list[SplitExperts], count: int) -> None:
-    """Leave the last `count` experts on the device, and no other."""
-    for layer in layers:
-        wanted = set(range(layer.experts.num_experts - count, layer.experts.num_experts))
-        for expert in layer.resident - wanted:
-            layer.demote(expert)
-        layer.settle()
-        for expert in wanted - layer.resident:
-            layer.promote(expert)
-        layer.settle()
-        assert layer.resident == wanted
 
 
 def test_nothing_is_compiled_again_when_experts_move(packed):

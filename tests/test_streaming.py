@@ -95,14 +95,7 @@ WAYS = {
     "glm4_moe": Stored(GLM4, 2),
 }
 
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The tensors are so small that threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture

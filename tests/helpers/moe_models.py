@@ -245,6 +245,12 @@ def moe_case(module_name: str, class_name: str) -> MoeCase:
     raise NoCaseError(f"no tiny model for {module_name}.{class_name}: {reasons}")
 
 
+def case_of(family: str) -> MoeCase:
+    """Return the case of a family, by the name of its folder in transformers."""
+    (found,) = (c for c in decorated_experts_classes() if c[0].split(".")[-2] == family)
+    return moe_case(*found)
+
+
 def build(case: MoeCase, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[PreTrainedModel, Inputs]:
     """Return the case's model in evaluation mode and the keyword arguments of a forward call.
 

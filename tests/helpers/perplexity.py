@@ -37,11 +37,16 @@ def perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def compiled_perplexity(model: torch.nn.Module, windows: torch.Tensor, weight_format: str = "auto") -> float:
-    """Return the perplexity of a model whose experts run on the kernels."""
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Return those of every next token, [N, 512, V]."""
+    return torch.stack([model(ids[None], use_cache=False).logits[0].float().log_softmax(-1) for ids in windows])
+
+
+def compiled(model: torch.nn.Module, weight_format: str = "auto") -> torch.nn.Module:
+    """Return a model whose experts run on the kernels."""
     torch._dynamo.reset()
-    options = {"inner": "eager", "weight_format": weight_format}
-    return perplexity(torch.compile(model, backend="kt", options=options), windows)
+    return torch.compile(model, backend="kt", options={"inner": "eager", "weight_format": weight_format})
 
 
 def main() -> None:
@@ -51,7 +56,7 @@ def main() -> None:
     print("|---|---|---|---|")
     print(f"| stock, fp32 | 32 | {stock:.3f} | |")
     for name, weight_format in FORMATS.items():
-        ours = compiled_perplexity(model, windows, name)
+        ours = perplexity(compiled(model, name), windows)
         print(f"| {name} | {8 * weight_format.bytes_per_weight:g} | {ours:.3f} | {ours / stock - 1:+.3%} |", flush=True)
 
 

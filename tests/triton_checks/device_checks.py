@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.compare import assert_exact, assert_reduction, relative_error
 from helpers.layers import EXPERTS, HIDDEN, Layer, random_inputs, random_layer
-from helpers.moe_models import build, decorated_experts_classes, moe_case
+from helpers.moe_models import build, case_of
 from helpers.triton_device import DEVICE
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -196,8 +196,7 @@ def test_a_compiled_model_runs_on_both_sides(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("_CALLS", "_ROWS"):
         monkeypatch.setattr(cuda_measure, name, 2)
     devices.device_for.cache_clear()
-    (found,) = (c for c in decorated_experts_classes() if c[0].split(".")[-2] == "qwen3_moe")
-    model, kwargs = build(moe_case(*found))
+    model, kwargs = build(case_of("qwen3_moe"))
     options = {"inner": "eager", "device": "cuda", "placement": "uniform", "stream_from": 0}
     with torch.no_grad():
         wanted = model(**kwargs).logits
