@@ -183,6 +183,7 @@ def _load_plain(
     except RuntimeError as error:
         raise ValueError(f"transformers cannot load {source.folder}: {error}") from error
     _check_report(report, source, names, stored)
+    model.config.name_or_path = str(source.folder)
     model.generation_config = generation_config(source.folder) or model.generation_config
     result: PreTrainedModel = model
     return result
