@@ -2,10 +2,10 @@
 
 Each start is a process of its own: imports, `ktcompile.load`, the first token of a prompt of 16 tokens, then 16 more.
 `cold` packs and writes the file of the cache, `warm` maps it (the file is in the system's cache of files then), `off`
-packs without a cache. Seconds are of the wall clock, of which the least over the rounds counts; on a machine with other
-work `cpu` says more. Peaks are of the whole process: all of its memory, and what is its alone (anonymous).
+packs without a cache. On a machine with other work the seconds of the CPU, of all threads together, say more than those
+of the clock. Peaks are of the whole process: all of its memory, and what is its alone (anonymous).
 
-    python /work/shared/peers/mk_model.py /tmp/model 8 && python benchmarks/loading.py /tmp/model --rounds 3
+    python benchmarks/loading.py ~/models/Qwen3-30B-A3B --rounds 3
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ model, weight_format, cache = sys.argv[1:]
 import torch
 import transformers
 times = {"import torch, transformers": time.perf_counter() - begin}
+cpus = {"import torch, transformers": time.process_time() - cpu}
 
 def resident(name):
     with open("/proc/self/status") as status:
@@ -37,9 +38,10 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 
 def timed(name, function, *args, **others):
-    at = time.perf_counter()
+    at, used = time.perf_counter(), time.process_time()
     result = function(*args, **others)
     times[name] = times.get(name, 0) + time.perf_counter() - at
+    cpus[name] = cpus.get(name, 0) + time.process_time() - used
     return result
 
 def inside(module, function, name):
@@ -54,6 +56,8 @@ from ktcompile.models import load as loading, packed_model, streaming
 inside(loading, "key_of", "load: key")
 inside(streaming, "load", "load: pack")
 inside(packed_model, "store", "load: write")
+from ktcompile.ops import self_check
+inside(self_check.FirstCall, "check", "first token: check")
 inside(packed_model, "verify", "load: verify")
 inside(packed_model, "_without_weights", "load: model without weights")
 before = resident("VmHWM")
@@ -65,13 +69,13 @@ def step(**inputs):
         return loaded(**inputs, use_cache=True)
 
 out = timed("first token", step, input_ids=ids)
-total = time.perf_counter() - begin
+total, used = time.perf_counter() - begin, time.process_time() - cpu
 decode = []
 for _ in range(16):
     at = time.perf_counter()
     out = step(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
     decode.append(time.perf_counter() - at)
-print(json.dumps({"seconds": times, "to first token": total, "cpu": time.process_time() - cpu,
+print(json.dumps({"seconds": times, "cpu seconds": cpus, "to first token": total, "cpu to first token": used,
     "decode step": min(decode), "peak": resident("VmHWM"), "peak before load": before, "peak anonymous": peak[0],
     "token": int(out.logits[0, -1].argmax())}))
 """

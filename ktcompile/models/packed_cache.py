@@ -86,6 +86,7 @@ class PackedCache:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = self._folder()
         try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # until ours is locked: nobody may take it for one that was left
             _remove_unfinished(folder)
             disk = os.fstatvfs(folder)
             if disk.f_bavail * disk.f_frsize < needed:
@@ -95,6 +96,7 @@ class PackedCache:
             descriptor = os.open(name, flags, 0o600, dir_fd=folder)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it goes with the process
+                fcntl.flock(folder, fcntl.LOCK_UN)
                 yield PackedFileWriter(descriptor)
                 os.fsync(descriptor)
                 os.rename(name, self.path(key).name, src_dir_fd=folder, dst_dir_fd=folder)
