@@ -9,7 +9,6 @@ import pytest
 
 from ktcompile import env
 
-
 NONE = env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None, self_check=True, packed_cache=None)
 
 

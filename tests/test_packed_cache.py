@@ -24,6 +24,7 @@ from ktcompile import _native
 from ktcompile.models import checkpoint, hf_experts, packed_cache, packed_model, streaming
 from ktcompile.models.packed_cache import PackedCache, cache_for, key_of
 from ktcompile.models.packed_file import PackedFile, PackedFileError
+from ktcompile.ops.self_check import FirstCall
 
 FORMATS = ("fp32", "fp16", "bf16", "int8", "int8_dyn", "int4_g32", "int4_g64_zp", "fp8", "fp8_channel", "mxfp4")
 
@@ -528,6 +529,23 @@ def test_a_large_file_is_checked_where_it_is_read_at_load(model_folder, cache, m
     content[plain.offset] ^= 1
     cache.path(key).write_bytes(content)
     assert packed_model.load(cache, key, model_folder, "auto") is None
+
+
+def test_the_first_call_is_checked_for_each_kind_of_layer(model_folder, cache, monkeypatch):
+    """And not for each layer: the kernels are the same, and the weights have checksums."""
+    first = [hf_experts.packed(m).first_call for m in hf_experts.experts_modules(load(model_folder, cache))]
+    assert len(first) == 2 and None not in first
+    model = load(model_folder, cache)
+    packed = [hf_experts.packed(m) for m in hf_experts.experts_modules(model)]
+    assert [p.first_call is not None for p in packed] == [True, False]
+    calls = []
+    check = FirstCall.check
+    monkeypatch.setattr(FirstCall, "check", lambda self, *args: (calls.append(self), check(self, *args)))
+    logits(model)
+    assert calls and packed[0].first_call is None
+    monkeypatch.setenv("KTCOMPILE_SELF_CHECK", "0")
+    model = load(model_folder, cache)
+    assert not any(hf_experts.packed(m).first_call for m in hf_experts.experts_modules(model))
 
 
 def test_where_models_are_kept(model_folder, tmp_path, monkeypatch):

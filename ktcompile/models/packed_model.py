@@ -155,6 +155,7 @@ def _read(file: PackedFile, folder: Path, weight_format: str) -> PreTrainedModel
     packed = {f"{path}.{name}" for path, known in facts.items() for name in known.parameters[:2]}
     _give_tensors(model, header, packed, file.map_private(header["plain_end"]))
     begin, owner = address_of(memory)
+    kinds: set[Any] = set()
     for path, record in header["experts"].items():
         module = model.get_submodule(path)
         biases = [None if n is None else module.get_parameter(n).detach() for n in facts[path].parameters[2:]]
@@ -163,6 +164,11 @@ def _read(file: PackedFile, folder: Path, weight_format: str) -> PreTrainedModel
             experts = PackedExperts.mapped(_mapped(record, begin, owner), biases, spec, path)
         except ValueError as error:
             raise PackedFileError(f"{path}: {error}") from error
+        # The check of first calls is of kernels: what they read was checked when it was packed, and has checksums.
+        kind = spec, experts.format.name, record["scale"], tuple(record["shape"])
+        if kind in kinds:
+            experts.first_call = None
+        kinds.add(kind)
         hf_experts.adopt(module, experts)
     model.generation_config = streaming.generation_config(folder) or model.generation_config
     model.train(False)
