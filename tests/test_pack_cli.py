@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_generate_takes_what_is_packed(folder, tmp_path, pack, monkeypatch, caps
     assert json.loads(capsys.readouterr().out)["text"] == wanted
 
 
-def test_packed_models_are_listed_and_removed(folder, pack):
+def test_packed_models_are_listed_and_removed(folder, pack, monkeypatch):
     assert pack("--list") == (0, [])
     made = {name: pack(folder, "--weight-format", name)[1][0] for name in ("bf16", "int8", "int4")}
     status, listed = pack("--list")
@@ -64,7 +65,8 @@ def test_packed_models_are_listed_and_removed(folder, pack):
     assert {r["weight_format"] for r in listed} == {"bf16", "int8", "int4_g32"}
     status, removed = pack("--remove", made["int8"]["key"][:8])
     assert status == 0 and [r["key"] for r in removed] == [made["int8"]["key"]]
-    assert len(pack("--list", folder)[1]) == 2
+    monkeypatch.chdir(folder.parent)
+    assert len(pack("--list", folder.name)[1]) == 2
     assert len(pack("--remove", folder)[1]) == 2
     assert pack("--list") == (0, [])
 
@@ -87,6 +89,22 @@ def test_damage_is_found_and_named(folder, pack, tmp_path, capsys):
     status, (again,) = pack(folder)
     assert status == 0 and not again["was_there"]
     assert pack("--verify")[0] == 0
+
+
+def test_a_model_of_the_hub_is_known_by_its_id(folder, tmp_path, pack):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    folder_copy = shutil.copytree(folder, snapshot)
+    pack(folder_copy)
+    assert len(pack("--list", "owner/name")[1]) == 1
+    assert pack("--list", "owner/other") == (2, None)
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["pack", "--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "ktc pack --list" in out and "--weight-format" in out
 
 
 def test_text_for_people(folder, tmp_path, capsys):

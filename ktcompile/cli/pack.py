@@ -163,9 +163,9 @@ def _chosen(args: argparse.Namespace, cache: PackedCache) -> list[Entry]:
     if args.model is None:
         return entries
     # A model of the hub is known by the folder of its download.
-    named = str(Path(args.model).expanduser())
+    named = str(Path(args.model).expanduser().resolve())
     hub = f"models--{args.model.replace('/', '--')}"
-    found = [e for e in entries if e.model == named or Path(e.model).name == named or hub in Path(e.model).parts]
+    found = [e for e in entries if e.model == named or hub in Path(e.model).parts]
     found = found or [e for e in entries if len(args.model) >= 4 and e.key.startswith(args.model)]
     if not found:
         raise ValueError(f"nothing is packed of {args.model} in {cache.folder}; `ktc pack --list` shows what is")

@@ -82,7 +82,7 @@ def store(
             tensors, plain_end = _write_tensors(writer, model)
             experts = {path: _write_experts(writer, layers[path]) for path in track(list(layers))}
             header = {
-                "model": str(folder),
+                "model": str(folder.resolve()),
                 "weight_format": full_name(weight_format),
                 "dtype": _NAMES[dtype],
                 "tensors": tensors,
