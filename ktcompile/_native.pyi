@@ -102,6 +102,8 @@ def map_nan(bytes: int, type: DType) -> int:
 
 def unmap_nan(address: int, bytes: int) -> None: ...
 
+LAYOUT_VERSION: int = 1
+
 def numa_nodes(sys_root: str = '/sys') -> list[int]:
     """
     Ids of the NUMA nodes with memory and CPUs of this process; -1 where there is but one.
@@ -145,6 +147,21 @@ class Experts:
         """
         Takes over an expert's weights from the bytes that `read` wrote; its bias stays.
         """
+
+    @property
+    def memory(self) -> list[tuple[int, int]]:
+        """
+        (address, bytes) of all experts: of each slice gate_up, its bias, down, its bias; (0, 0) for none.
+        """
+
+    def map(self, memory: Sequence[tuple[int, int]], owner: object) -> None:
+        """
+        Reads weights from memory as `memory` returned it, which `owner` holds, and never writes to it.
+        """
+
+    @property
+    def mapped(self) -> bool:
+        """Whether weights lie in memory of another and cannot be written to."""
 
     def fill(self, expert: int, byte: int) -> None:
         """Overwrites an expert's weights."""

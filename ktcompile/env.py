@@ -18,6 +18,7 @@ class Environment:
     dump_graphs: KTCOMPILE_DUMP_GRAPHS, a directory for the graphs before and after each pass.
     self_check: KTCOMPILE_SELF_CHECK, 0 or 1 (which it is without): whether experts are compared with plain torch when
         they are packed and when they are first called.
+    packed_cache: KTCOMPILE_PACKED_CACHE, a directory for packed models, or "off".
     """
 
     isa: str | None
@@ -25,6 +26,7 @@ class Environment:
     num_threads: int | None
     dump_graphs: Path | None
     self_check: bool
+    packed_cache: str | None
 
 
 def read() -> Environment:
@@ -46,4 +48,5 @@ def read() -> Environment:
         num_threads=int(threads) if threads else None,
         dump_graphs=Path(dump) if dump else None,
         self_check=check != "0",
+        packed_cache=os.environ.get("KTCOMPILE_PACKED_CACHE") or None,
     )

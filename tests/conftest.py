@@ -10,6 +10,8 @@ import pytest
 # Where other programs run too, torch's threads would wait for each other by spinning, a time slice at each step of the
 # reference. It is read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A test that wants packed models kept names a folder.
+os.environ["KTCOMPILE_PACKED_CACHE"] = "off"
 
 import torch
 

@@ -9,15 +9,17 @@ import pytest
 
 from ktcompile import env
 
+NONE = env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None, self_check=True, packed_cache=None)
+
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    for name in ("ISA", "FEATURES", "NUM_THREADS", "DUMP_GRAPHS", "SELF_CHECK"):
+    for name in ("ISA", "FEATURES", "NUM_THREADS", "DUMP_GRAPHS", "SELF_CHECK", "PACKED_CACHE"):
         monkeypatch.delenv(f"KTCOMPILE_{name}", raising=False)
 
 
 def test_nothing_is_set():
-    assert env.read() == env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None, self_check=True)
+    assert env.read() == NONE
 
 
 def test_each_variable(monkeypatch):
@@ -26,13 +28,14 @@ def test_each_variable(monkeypatch):
     monkeypatch.setenv("KTCOMPILE_NUM_THREADS", "12")
     monkeypatch.setenv("KTCOMPILE_DUMP_GRAPHS", "some/where")
     monkeypatch.setenv("KTCOMPILE_SELF_CHECK", "0")
-    assert env.read() == env.Environment("avx2", ("-avx512", "+avx512_bf16"), 12, Path("some/where"), False)
+    monkeypatch.setenv("KTCOMPILE_PACKED_CACHE", "off")
+    assert env.read() == env.Environment("avx2", ("-avx512", "+avx512_bf16"), 12, Path("some/where"), False, "off")
 
 
 def test_empty_variables_are_not_set(monkeypatch):
-    for name in ("ISA", "FEATURES", "DUMP_GRAPHS", "SELF_CHECK"):
+    for name in ("ISA", "FEATURES", "DUMP_GRAPHS", "SELF_CHECK", "PACKED_CACHE"):
         monkeypatch.setenv(f"KTCOMPILE_{name}", "")
-    assert env.read() == env.Environment(isa=None, features=(), num_threads=None, dump_graphs=None, self_check=True)
+    assert env.read() == NONE
 
 
 def test_variables_are_read_anew_each_time(monkeypatch):

@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ktcompile.cli.device_args import add_device_arguments, device_options
 from ktcompile.cli.experts_reports import ExpertsReports
 from ktcompile.cli.outcome import Outcome, record, speed_line
+from ktcompile.cli.progress import progress_bars
 from ktcompile.quant import ALIASES, FORMATS
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from transformers import PreTrainedModel
 
     from ktcompile.config import DeviceOptions
@@ -70,6 +69,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         default="auto",
         help="how the experts' weights are stored (default: auto, as in the model; a checkpoint that is quantised "
         "stays as it is)",
+    )
+    parser.add_argument(
+        "--packed-cache",
+        metavar="DIR",
+        default="auto",
+        help="where packed models are kept for the next start, or off (default: KTCOMPILE_PACKED_CACHE, or for large "
+        "models the user's folder of caches; see `ktc pack`)",
     )
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=_COMPILE_HELP)
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens at most (default: %(default)s)")
@@ -121,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     name = locate(args.model)
     hf_logging.set_verbosity(logging.ERROR)
-    with _progress(shown=not args.quiet) as progress:
+    with progress_bars(shown=not args.quiet) as progress:
         tokenizer = load_tokenizer(name)
         model, forward = _load(args, name, options, partial(progress.track, description="Packing experts"))
     recording.check(hf_experts.shape(model))
@@ -158,14 +164,15 @@ def _load(
     from ktcompile.runtime.placing import placer_for, without_new_profile
 
     options = without_new_profile(options)
+    packed = {"weight_format": args.weight_format, "packed_cache": args.packed_cache}
     if not args.compile:
-        model = load(name, weight_format=args.weight_format, track=track, **options.device_options())
+        model = load(name, track=track, **packed, **options.device_options())
         return model, model
     placer = placer_for(options)  # what the backend would find wrong shows now
     # About transformers' own code, and of no consequence here.
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     backend = {"weight_format": args.weight_format, "weights": "take", **options.device_options()}
-    model = load_for_compiler(name, weight_format=args.weight_format, track=track)
+    model = load_for_compiler(name, track=track, **packed)
     if placer is not None and placer.where.type != "cpu":
         # Dynamo cannot follow stock experts whose weights are elsewhere than their inputs.
         model.set_experts_implementation("kt")
@@ -215,30 +222,6 @@ def _set_torch_threads(model: PreTrainedModel) -> None:
     from ktcompile import get_num_threads
 
     torch.set_num_threads(get_num_threads() if model.num_parameters() > _SMALL_MODEL else 1)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Progress]:
-    """Show the bars of transformers, and one's own, on stderr if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-    from transformers.utils import logging as hf_logging
-
-    silent: Callable[..., Any] = hf_logging.EmptyTqdm
-
-    def bar(factory: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        # Without something to go through it is a download, which reports its own bytes.
-        if not args:
-            return factory(**settings)
-        return silent(progress.track(list(args[0]), description=settings.get("desc") or "Loading"))
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        before = hf_logging.set_tqdm_hook(bar)
-        try:
-            yield progress
-        finally:
-            hf_logging.set_tqdm_hook(before)
 
 
 def _stream(tokens: Iterator[int], text: IncrementalText, write: Callable[[str], None], outcome: Outcome) -> None:

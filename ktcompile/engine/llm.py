@@ -15,6 +15,7 @@ from ktcompile.engine.generate import end_tokens, generate_to_end
 from ktcompile.engine.outputs import CompletionOutput, RequestOutput, SamplingParams
 from ktcompile.models import hf_experts, placed
 from ktcompile.models.load import load, locate
+from ktcompile.models.packed_cache import AUTO
 from ktcompile.models.tokenizer import load_tokenizer, token_ids
 from ktcompile.runtime.metrics import ExpertMetrics
 from ktcompile.runtime.placing import without_new_profile
@@ -27,7 +28,8 @@ Prompt = str | Mapping[str, Any]
 class LLM:
     """A model that is ready to answer.
 
-    model: a directory or a hub id; None: the small model of the package. weight_format: of its experts.
+    model: a directory or a hub id; None: the small model of the package. weight_format: of its experts. packed_cache:
+    as for `ktcompile.load`.
     record_routing: a file for the trace of what its routers choose. device_options: fields of
     `ktcompile.config.DeviceOptions`; the file of routing_profile need not exist, and what routers choose is added to
     it. Both files are written at the end of each `generate`. Errors are those of `ktcompile.load`.
@@ -38,6 +40,7 @@ class LLM:
         model: str | Path | None = None,
         *,
         weight_format: str = "auto",
+        packed_cache: str | Path | None = AUTO,
         record_routing: str | Path | None = None,
         **device_options: Any,
     ) -> None:
@@ -46,7 +49,8 @@ class LLM:
         self._recording = Recording(trace, options.routing_profile)
         name = locate(model)
         self.tokenizer = load_tokenizer(name)
-        self.model = load(name, weight_format=weight_format, **without_new_profile(options).device_options())
+        others = without_new_profile(options).device_options()
+        self.model = load(name, weight_format=weight_format, packed_cache=packed_cache, **others)
         self._recording.check(hf_experts.shape(self.model))
         self._numbers = itertools.count()
 

@@ -94,6 +94,11 @@ def is_packed(module: nn.Module) -> bool:
     return _HANDLE in module._buffers and _is_absent(module.down_proj)  # type: ignore[arg-type]
 
 
+def absent(module: nn.Module) -> list[str]:
+    """Return the names of those tensors of a module that hold nothing by themselves, since `adopt` was called."""
+    return [*(name for name in _facts(module)[1][:2] if name is not None), _HANDLE] if is_packed(module) else []
+
+
 def experts_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model whose experts the kernels can run, in order."""
     marked = (m for m in model.modules() if hasattr(m, "has_gate"))  # set by transformers' decorator

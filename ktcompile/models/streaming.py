@@ -45,7 +45,7 @@ def load(
     folder = Path(folder).expanduser()
     check_format(weight_format)
     source = StoredModel.open(folder)
-    config = _without_quantization(folder)
+    config = without_quantization(folder)
     names = ModelNames(config, _dtype(config, source))
     layers, stored = _divide(source, names)
     _check_wanted_format(source, layers, weight_format)
@@ -183,7 +183,8 @@ def _load_plain(
     except RuntimeError as error:
         raise ValueError(f"transformers cannot load {source.folder}: {error}") from error
     _check_report(report, source, names, stored)
-    model.generation_config = _generation_config(source.folder) or model.generation_config
+    model.config.name_or_path = str(source.folder)
+    model.generation_config = generation_config(source.folder) or model.generation_config
     result: PreTrainedModel = model
     return result
 
@@ -207,7 +208,7 @@ def _check_report(report: dict[str, Any], source: StoredModel, names: ModelNames
         raise ValueError(f"{where}: {part} gives {name} {list(got)}; it must be {list(wanted)}")
 
 
-def _without_quantization(folder: Path) -> PreTrainedConfig:
+def without_quantization(folder: Path) -> PreTrainedConfig:
     """Return the configuration of a model as if it were not quantised."""
     from transformers import AutoConfig
 
@@ -227,7 +228,8 @@ def _dtype(config: PreTrainedConfig, source: StoredModel) -> torch.dtype:
     return (None if source.reader else source.first_float()) or torch.bfloat16
 
 
-def _generation_config(folder: Path) -> Any:
+def generation_config(folder: Path) -> Any:
+    """Return how a model generates by the file beside it, None if there is none."""
     from transformers import GenerationConfig
 
     if not (folder / "generation_config.json").is_file():

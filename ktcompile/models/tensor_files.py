@@ -114,13 +114,7 @@ class TensorFile:
 
 def read_header(file: Path) -> tuple[StoredTensor, ...]:
     """Return the tensors of a safetensors file. ValueError: it is damaged or was not fully copied."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(_LENGTH_BYTES)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else _LONGEST_HEADER + 1
-        if length > min(size, _LONGEST_HEADER):
-            raise ValueError(f"{file} is damaged: it does not begin with a header of safetensors")
-        text = stream.read(length)
+    size, text = file.stat().st_size, header_text(file)
     try:
         entries = json.loads(text)
         tensors = tuple(
@@ -131,9 +125,20 @@ def read_header(file: Path) -> tuple[StoredTensor, ...]:
         end = max((tensor.begin + tensor.size for tensor in tensors), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: its header is not one of safetensors ({error!r})") from error
-    if _LENGTH_BYTES + length + end > size:
-        raise ValueError(f"{file} was not fully copied: {size} bytes of {_LENGTH_BYTES + length + end}")
+    if _LENGTH_BYTES + len(text) + end > size:
+        raise ValueError(f"{file} was not fully copied: {size} bytes of {_LENGTH_BYTES + len(text) + end}")
     return tensors
+
+
+def header_text(file: Path) -> bytes:
+    """Return the JSON at the beginning of a safetensors file. ValueError: there is none."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(_LENGTH_BYTES)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == _LENGTH_BYTES else _LONGEST_HEADER + 1
+        if length > min(size, _LONGEST_HEADER):
+            raise ValueError(f"{file} is damaged: it does not begin with a header of safetensors")
+        return stream.read(length)
 
 
 def stored_tensor(name: str, dtype: str, shape: Iterable[int], offsets: tuple[int, int]) -> StoredTensor:

@@ -10,6 +10,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,21 @@ _numbers = itertools.count(1)
 # Bytes of experts' weights that threads have in memory while they pack them from files.
 _READ_AT_ONCE = 1 << 29
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class MappedExperts:
+    """Packed experts in memory of another, as a file that is mapped.
+
+    shape: (num_experts, hidden_size, intermediate_size). places: (address, bytes) as of `_native.Experts.memory`.
+    owner: keeps the memory.
+    """
+
+    shape: tuple[int, int, int]
+    format: WeightFormat
+    native_format: _native.Format
+    places: list[tuple[int, int]]
+    owner: object
 
 
 class PackedExperts:
@@ -51,20 +67,49 @@ class PackedExperts:
         name: str = "",
     ) -> None:
         shape = _check_weights(gate_up_proj, down_proj, gate_up_bias, down_bias, spec)
-        self.spec, self.name, self.number = spec, name, next(_numbers)
-        self.num_experts, self.hidden_size, self.intermediate_size = shape
-        self.format = _format_of(gate_up_proj, down_proj, spec)
-        self.isa = check_isa(spec.isa, machine().isas) if spec.isa else machine().isa
+        weight_format = _format_of(gate_up_proj, down_proj, spec)
         quantized = (w for w in (gate_up_proj, down_proj) if isinstance(w, QuantizedWeight))
-        self._native_format = native_format(self.format, *quantized)
-        self.native = self._allocate()
-        self.split: SplitLayer | None = None
-        self.handle = torch.tensor([self.number], dtype=torch.int64)
+        self._begin(shape, weight_format, native_format(weight_format, *quantized), spec, name)
         checks = env.read().self_check
         self._pack(gate_up_proj, down_proj, PackingCheck(self, gate_up_proj, down_proj) if checks else None)
         if gate_up_bias is not None and down_bias is not None:
             self._pack_bias(gate_up_bias, down_bias)
         self.first_call = FirstCall(gate_up_proj, (gate_up_bias, down_bias)) if checks else None
+
+    @classmethod
+    def mapped(
+        cls, memory: MappedExperts, biases: Sequence[torch.Tensor | None], spec: ExpertsSpec, name: str = ""
+    ) -> PackedExperts:
+        """Return experts whose weights, and packed biases, lie packed in a file.
+
+        biases: as they were packed, for the check of the first call. Where there are several nodes of memory each gets
+        a copy of its slice, since pages of a file lie on any of them. ValueError: the memory is not of such experts.
+        """
+        self = cls.__new__(cls)
+        self._begin(memory.shape, memory.format, memory.native_format, spec, name)
+        mapped = self.native
+        mapped.map(memory.places, memory.owner)
+        if len(mapped.slices) > 1:
+            self.native = self._allocate()
+            self._each_expert(lambda e: self.native.copy(e, mapped, e), range(self.num_experts))
+        self.first_call = FirstCall(None, biases) if env.read().self_check else None
+        return self
+
+    def _begin(
+        self,
+        shape: tuple[int, int, int],
+        weight_format: WeightFormat,
+        native: _native.Format,
+        spec: ExpertsSpec,
+        name: str,
+    ) -> None:
+        self.spec, self.name, self.number = spec, name, next(_numbers)
+        self.num_experts, self.hidden_size, self.intermediate_size = shape
+        self.format, self._native_format = weight_format, native
+        self.isa = check_isa(spec.isa, machine().isas) if spec.isa else machine().isa
+        self.native = self._allocate()
+        self.split: SplitLayer | None = None
+        self.handle = torch.tensor([self.number], dtype=torch.int64)
         _alive[self.number] = self
 
     @property

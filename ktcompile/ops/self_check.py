@@ -142,7 +142,7 @@ class PackingCheck:
 class FirstCall:
     """Compares what the kernels make of the first tokens with fp64, once."""
 
-    def __init__(self, source: ExpertsWeight, biases: Sequence[torch.Tensor | None]) -> None:
+    def __init__(self, source: ExpertsWeight | None, biases: Sequence[torch.Tensor | None]) -> None:
         self._source = weakref.ref(source) if isinstance(source, torch.Tensor) else None
         self._biases = [None if b is None else b.detach().clone() for b in biases]
         self._lock, self._process = threading.Lock(), os.getpid()

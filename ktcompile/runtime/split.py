@@ -99,8 +99,7 @@ class SplitExperts:
         self._check(expert)
         if expert not in self._resident or expert in self._leaving:
             raise ValueError(f"expert {expert} is not on the device, or is leaving it")
-        copied = expert in self._released
-        self._leaving[expert] = self.memory.copy_out(expert, self.experts) if copied else _NoCopy()
+        self._leaving[expert] = self.memory.copy_out(expert, self.experts) if self._is_gone(expert) else _NoCopy()
 
     def dissolve(self) -> None:
         """Bring all experts back to the CPU and give the device's memory back. Nothing may be under way."""
@@ -138,7 +137,7 @@ class SplitExperts:
             del self._leaving[expert]
             if outcome:
                 self.activity.demoted += 1
-                if expert in self._released:
+                if self._is_gone(expert):
                     self.activity.bytes_demoted += self.experts.native.expert_nbytes
                 self._released.discard(expert)
                 self._leave(expert)
@@ -178,9 +177,9 @@ class SplitExperts:
 
     def fetch(self, expert: int) -> None:
         """Bring an expert's weights to the CPU, where they stay beside those of the device."""
-        if expert in self._released:
+        if self._is_gone(expert):
             self.memory.copy_out(expert, self.experts).wait()
-            self._released.discard(expert)
+        self._released.discard(expert)
 
     def _state_for(self, tokens: int) -> State:
         """Return where each expert is computed in a call that begins now."""
@@ -206,6 +205,11 @@ class SplitExperts:
         self._resident.discard(expert)
         self._state = None
         self.memory.release(expert)
+
+    def _is_gone(self, expert: int) -> bool:
+        """Return whether the CPU has an expert's weights no more: pages of a file are read again when they are
+        needed."""
+        return expert in self._released and not self.experts.native.mapped
 
     def _outcome(self, event: Event, expert: int, consequence: str) -> bool | None:
         """Return whether a copy has ended, None if it failed."""

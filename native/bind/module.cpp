@@ -103,6 +103,8 @@ using attention_counts = std::tuple<std::int64_t, std::int64_t, std::int64_t, st
 using attention_mask = std::tuple<attention_place, kt::mask_type>;
 using attention_rule = std::tuple<bool, std::int64_t, float, float, std::uintptr_t>;
 
+using place = std::tuple<std::uintptr_t, std::size_t>;  // (address, bytes)
+
 void check_expert(const kt::experts& e, int expert) {
   if (expert < 0 || expert >= e.shape.num_experts)
     throw std::out_of_range("expert " + std::to_string(expert) + " of " + std::to_string(e.shape.num_experts));
@@ -196,6 +198,8 @@ NB_MODULE(_native, m) {
       "unmap_nan", [](std::uintptr_t p, std::size_t bytes) { kt::unmap_nan(address<void>(p), bytes); }, "address"_a,
       "bytes"_a);
 
+  m.attr("LAYOUT_VERSION") = kt::layout_version;
+
   m.def(
       "numa_nodes",
       [](const std::string& sys_root) {
@@ -286,6 +290,25 @@ NB_MODULE(_native, m) {
             self.write(expert, address<char>(source));
           },
           "expert"_a, "source"_a, "Takes over an expert's weights from the bytes that `read` wrote; its bias stays.")
+      .def_prop_ro(
+          "memory",
+          [](const kt::experts& self) {
+            std::vector<place> all;
+            for (const kt::region& r : self.memory())
+              all.emplace_back(reinterpret_cast<std::uintptr_t>(r.data), r.bytes);
+            return all;
+          },
+          "(address, bytes) of all experts: of each slice gate_up, its bias, down, its bias; (0, 0) for none.")
+      .def(
+          "map",
+          [](kt::experts& self, const std::vector<place>& memory, const nb::object&) {
+            std::vector<kt::region> all;
+            for (const auto& [data, bytes] : memory) all.push_back({address<void>(data), bytes});
+            self.map(all);
+          },
+          "memory"_a, "owner"_a, nb::keep_alive<1, 3>(),
+          "Reads weights from memory as `memory` returned it, which `owner` holds, and never writes to it.")
+      .def_prop_ro("mapped", &kt::experts::mapped, "Whether weights lie in memory of another and cannot be written to.")
       .def(
           "fill",
           [](kt::experts& self, int expert, unsigned char byte) {

@@ -61,7 +61,7 @@ buffer::buffer(std::size_t bytes, int node) : bytes_(bytes), node_(node) {
 }
 
 buffer::~buffer() {
-  if (data_) munmap(data_, bytes_);
+  if (data_ && owned_) munmap(data_, bytes_);
 }
 
 void buffer::discard(std::size_t offset, std::size_t bytes) const {

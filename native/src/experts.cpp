@@ -79,6 +79,28 @@ std::vector<std::size_t> experts::parts() const {
   return all;
 }
 
+std::vector<region> experts::memory() const {
+  std::vector<region> all;
+  for (const expert_slice& s : slices)
+    for (const packed_weight* w : {&s.gate_up, &s.down}) all.insert(all.end(), {w->memory(), w->bias_memory()});
+  return all;
+}
+
+void experts::map(const std::vector<region>& memory) {
+  const std::vector<region> own = this->memory();
+  bool fits = memory.size() == own.size();
+  for (std::size_t i = 0; fits && i < own.size(); i += 2) {
+    const packed_weight& w = i % 4 ? slices[i / 4].down : slices[i / 4].gate_up;
+    const std::size_t bias = shape.num_experts * w.panels() * panel_columns * sizeof(float);
+    fits = memory[i].bytes == own[i].bytes && (memory[i + 1].bytes == 0 || memory[i + 1].bytes == bias);
+  }
+  if (!fits) throw std::invalid_argument("the memory to map is not as long as these experts are");
+  for (std::size_t i = 0; i < own.size(); i += 2) {
+    packed_weight& w = i % 4 ? slices[i / 4].down : slices[i / 4].gate_up;
+    w.map(memory[i].data, memory[i + 1].bytes ? memory[i + 1].data : nullptr);
+  }
+}
+
 void experts::read(int expert, char* to) const {
   for (const expert_slice& s : slices) to = s.down.read(expert, s.gate_up.read(expert, to));
 }

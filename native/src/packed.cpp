@@ -250,7 +250,18 @@ void packed_weight::for_columns(int expert, F f) const {
         f(n, data_.as<char>((expert * panels_ + p) * panel_bytes_), column);
 }
 
+void packed_weight::check_owned() const {
+  if (mapped()) throw std::logic_error("packed weights that are mapped from a file cannot be written to");
+}
+
+void packed_weight::map(const void* data, const void* bias) {
+  const std::size_t bias_size = num_experts_ * panels_ * panel_columns * sizeof(float);
+  data_ = buffer::view(data, num_experts_ * expert_bytes());
+  bias_ = bias ? buffer::view(bias, bias_size) : buffer();
+}
+
 void packed_weight::pack(int expert, const weight_view& source) {
+  check_owned();
   with_dtype(source.type, [&](auto from) {
     with_dtype(dtype_of(layout_.format.kind), [&](auto to) {
       constexpr dtype From = from(), To = to();
@@ -266,6 +277,7 @@ void packed_weight::pack(int expert, const weight_view& source) {
 }
 
 void packed_weight::pack(int expert, const quantized_view& source) {
+  check_owned();
   const panel_layout& l = layout_;
   const std::size_t first_group = l.format.group ? k_begin_ / l.group : 0;
   for_columns(expert, [&](std::ptrdiff_t n, char* panel, int column) {
@@ -350,6 +362,7 @@ void packed_weight::unpack(int expert, const weight_view& target) const {
 
 void packed_weight::pack_bias(const bias_view& source) {
   if (!source.data) return;
+  check_owned();
   bias_ = buffer(num_experts_ * panels_ * panel_columns * sizeof(float));
   with_dtype(source.type, [&](auto from) {
     constexpr dtype From = from();
@@ -364,6 +377,7 @@ void packed_weight::pack_bias(const bias_view& source) {
 }
 
 void packed_weight::copy(int expert, const packed_weight& from, int from_expert) {
+  check_owned();
   std::memcpy(data_.as<char>(expert * expert_bytes()), from.data_.as<char>(from_expert * expert_bytes()),
               expert_bytes());
   if (!from.bias_.bytes()) return;
@@ -378,11 +392,13 @@ char* packed_weight::read(int expert, char* to) const {
 }
 
 const char* packed_weight::write(int expert, const char* from) {
+  check_owned();
   std::memcpy(data_.as<char>(expert * expert_bytes()), from, expert_bytes());
   return from + expert_bytes() + bias_bytes();
 }
 
 void packed_weight::fill(int expert, unsigned char byte) {
+  check_owned();
   std::memset(data_.as<char>(expert * expert_bytes()), byte, expert_bytes());
 }
 

@@ -18,6 +18,17 @@ extern std::vector<const kt::isa*> isas;  // best first
 // Returns `right`; prints a failure, the first few of which end the run.
 bool check(bool right, const std::string& what);
 
+// Whether a call throws an E.
+template <class E, class F>
+bool throws(F f) {
+  try {
+    f();
+  } catch (const E&) {
+    return true;
+  }
+  return false;
+}
+
 // The context with `n` threads.
 kt::context& threads(int n);
 

@@ -74,19 +74,25 @@ void test_copying_of_experts() {
       std::vector<char> bytes(1 << 20);
       other.read(2, bytes.data()), packed.fill(1, 0xff), packed.write(1, bytes.data());
       for (int i = 0; i < c.experts; ++i) check(same(packed, i, untouched, i), "experts after bytes " + describe(c));
+      kt::experts mapped(packed.shape, format, std::vector<int>(slices, -1));
+      std::vector<kt::region> memory = packed.memory();
+      mapped.map(memory);
+      check(mapped.mapped() && !packed.mapped(), "mapped " + describe(c));
+      for (int i = 0; i < c.experts; ++i) check(same(mapped, i, untouched, i), "mapped experts " + describe(c));
+      check(throws<std::logic_error>([&] { mapped.copy(0, untouched, 0); }), "no copy into what is mapped");
+      check(throws<std::logic_error>([&] { mapped.fill(0, 0xff); }), "no fill of what is mapped");
+      check(throws<std::logic_error>([&] { mapped.write(0, bytes.data()); }), "no bytes into what is mapped");
+      --memory[4 * slices - 2].bytes;
+      check(throws<std::invalid_argument>([&] { mapped.map(memory); }), "shorter memory is refused");
+      memory.pop_back();
+      check(throws<std::invalid_argument>([&] { mapped.map(memory); }), "memory of fewer slices is refused");
     }
   const layer_case c;
   layer_case wider = c;
   wider.hidden += 32;
   kt::experts a = layer(c, ++n).pack();
   const kt::experts b = layer(wider, ++n).pack();
-  bool refused = false;
-  try {
-    a.copy(0, b, 0);
-  } catch (const std::invalid_argument&) {
-    refused = true;
-  }
-  check(refused, "an expert of another shape is refused");
+  check(throws<std::invalid_argument>([&] { a.copy(0, b, 0); }), "an expert of another shape is refused");
 }
 
 // What codes stand for, whole: of one slice and of several, rounded to every type.

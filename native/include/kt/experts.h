@@ -50,6 +50,12 @@ struct experts {
   std::vector<std::size_t> parts() const;
   void read(int expert, char* to) const;
   void write(int expert, const char* from);
+  // The memory of all experts: of each slice gate_up, its bias, down and its bias, of which one that is not there is
+  // empty. `map` reads from such memory of another from now on (packed_weight::map), and throws std::invalid_argument
+  // unless it is as long as that of these experts, biases aside, which may be there or not.
+  std::vector<region> memory() const;
+  void map(const std::vector<region>& memory);
+  bool mapped() const { return slices.front().gate_up.mapped(); }
   void fill(int expert, unsigned char byte);  // with what is no number, where nothing may be read
   void release(int expert) const;             // gives its memory back until it is packed or copied to again
 };

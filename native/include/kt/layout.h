@@ -25,6 +25,9 @@ constexpr int num_formats = 8;
 enum class scale_type : std::uint8_t { none, f32, f16, bf16, e8m0 };
 
 constexpr int panel_columns = 32;
+// Goes up with whatever changes the bytes of packed weights: here, in the columns of a panel or in the slices of an
+// expert. Weights that were packed to a file by another version are not read.
+constexpr int layout_version = 1;
 
 struct weight_format {
   format kind = format::bf16;

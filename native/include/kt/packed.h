@@ -64,6 +64,11 @@ class column_map {
   bool interleaved_, gated_ = false;
 };
 
+struct region {
+  const void* data = nullptr;
+  std::size_t bytes = 0;
+};
+
 class packed_weight {
  public:
   packed_weight(const weight_format& format, int num_experts, std::size_t panels, std::size_t k_begin, std::size_t k,
@@ -91,6 +96,14 @@ class packed_weight {
   // Writes the weights of one expert, dequantised, to where `pack` would read them from.
   void unpack(int expert, const weight_view& target) const;
 
+  // Reads from memory of another from now on, laid out as this weight's; `bias`: null where there is none. What would
+  // write to it throws std::logic_error.
+  void map(const void* data, const void* bias);
+  bool mapped() const { return !data_.owned(); }
+  // Of all experts together, without what was rounded up; `bias_memory`: nothing where there is none.
+  region memory() const { return {data_.as<>(), num_experts_ * expert_bytes()}; }
+  region bias_memory() const { return {bias_.as<>(), num_experts_ * bias_bytes()}; }
+
   // Takes over an expert, its bias too, from a weight of the same format and shape, but for the number of experts.
   void copy(int expert, const packed_weight& from, int from_expert);
   void fill(int expert, unsigned char byte);
@@ -104,6 +117,7 @@ class packed_weight {
  private:
   template <class F>
   void for_columns(int expert, F f) const;
+  void check_owned() const;
 
   panel_layout layout_;
   int num_experts_;
