@@ -4,13 +4,13 @@
     python benchmarks/gpu.py --only experts --formats bf16 int4_g128 --tokens 1 64 2048
     python benchmarks/gpu.py --json gpu.json
 
-Ceilings are measured first: a copy on the device (bytes read and written) and a product of matrices of bf16. A fraction is
-the larger of bytes / bandwidth and operations / peak, over the median time. Calls are recorded in a CUDA graph, whose replay
-is timed by events, so that a launch's cost on the CPU does not count; "call" is the time of a call without a graph. Weights
-rotate through more memory than the caches hold.
+Ceilings are measured first: a copy on the device (bytes read and written) and a product of matrices of bf16. A
+fraction is the larger of bytes / bandwidth and operations / peak, over the median time. Calls are recorded in a CUDA
+graph, whose replay is timed by events, so that a launch's cost on the CPU does not count; "call" is the time of a call
+without a graph. Weights rotate through more memory than the caches hold.
 
-Shape suffixes: T tokens, K top_k, H hidden_size, I intermediate_size, E experts, R requests, Q heads of queries, J heads of
-keys, D head size.
+Shape suffixes: T tokens, K top_k, H hidden_size, P intermediate_size, E experts, R requests, Q heads of queries, J
+heads of keys, D head size.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ktcompile.bench.shapes import PRESETS
@@ -40,8 +42,10 @@ def main() -> None:
         sys.exit("gpu.py needs a GPU, and PyTorch sees none")
     device = torch.device("cuda")
     ceilings = measured_ceilings(device)
-    print(f"{torch.cuda.get_device_name()}: copies {ceilings['bandwidth'] / 1e12:.2f} TB/s (read and written), "
-          f"products of bf16 {ceilings['flops'] / 1e12:.0f} TFLOP/s")
+    print(
+        f"{torch.cuda.get_device_name()}: copies {ceilings['bandwidth'] / 1e12:.2f} TB/s (read and written), "
+        f"products of bf16 {ceilings['flops'] / 1e12:.0f} TFLOP/s"
+    )
     rows: list[Row] = []
     works = {"experts": experts_rows, "decode": decode_rows, "prefill": prefill_rows}
     for name, work in works.items():
@@ -53,7 +57,9 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
     if args.json:
-        text = json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__} | ceilings | {"rows": rows})
+        text = json.dumps(
+            {"device": torch.cuda.get_device_name(), "torch": torch.__version__} | ceilings | {"rows": rows}
+        )
         Path(args.json).write_text(text)
 
 
@@ -75,18 +81,22 @@ def parsed() -> argparse.Namespace:
 
 
 def line(row: Row) -> str:
-    call = f"  call {row['call'] * 1e6:8.1f} us" if "call" in row else ""
-    peer = f"  {row['peer']} {row['peer_seconds'] * 1e6:8.1f} us ({row['peer_seconds'] / row['seconds']:.2f}x)" if "peer" in row else ""
-    return f"{row['work']:8} {row['what']:28} {row['seconds'] * 1e6:9.1f} us  {row['fraction']:5.2f} of the roofline{call}{peer}"
+    parts = [f"{row['work']:8} {row['what']:28} {row['seconds'] * 1e6:9.1f} us  {row['fraction']:5.2f} of the roofline"]
+    if "call" in row:
+        parts.append(f"call {row['call'] * 1e6:8.1f} us")
+    if "peer" in row:
+        ratio = row["peer_seconds"] / row["seconds"]
+        parts.append(f"{row['peer']} {row['peer_seconds'] * 1e6:8.1f} us ({ratio:.2f}x)")
+    return "  ".join(parts)
 
 
 def measured_ceilings(device: torch.device) -> dict[str, float]:
     """Return bytes a second of a copy, and operations a second of a product of bf16."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    copying = seconds([lambda: target.copy_(source)])
+    copying = seconds([partial(target.copy_, source)])
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(2))
-    multiplying = seconds([lambda: torch.mm(a, b)])
+    multiplying = seconds([partial(torch.mm, a, b)])
     return {"bandwidth": 2 * source.numel() / copying, "flops": 2 * 8192**3 / multiplying}
 
 
@@ -104,7 +114,9 @@ def seconds(calls: list[Callable[[], Any]], graph: bool = True) -> float:
             call()
         run.append(recorded.replay)
     rounds = max(3, 30 // len(run))
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds * len(run))]
+    marks = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds * len(run))
+    ]
     for call in run:
         call()
     for i, (begin, end) in enumerate(marks):
@@ -118,29 +130,28 @@ def seconds(calls: list[Callable[[], Any]], graph: bool = True) -> float:
 def experts_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Layers of experts, all of them on the device; beside grouped products of PyTorch, as transformers calls them."""
     shape = PRESETS[args.preset]
-    E, K, H, I = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
+    E, K, H, P = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
     everything = torch.arange(E, dtype=torch.int32, device=device)
     for name in args.formats:
-        up = torch.randn(E, 2 * I, H, device=device, dtype=torch.bfloat16) * H**-0.5
-        down = torch.randn(E, H, I, device=device, dtype=torch.bfloat16) * I**-0.5
+        up = torch.randn(E, 2 * P, H, device=device, dtype=torch.bfloat16) * H**-0.5
+        down = torch.randn(E, H, P, device=device, dtype=torch.bfloat16) * P**-0.5
         experts = device_experts(*(stored(w, name) for w in (up, down)), Activation("silu"), device=device)
         bytes_per_expert = weight_bytes(experts) / E
         for T in args.tokens:
             inputs = [routed(T, K, H, E, device, seed) for seed in range(6 if T < 256 else 2)]
             touched = sum(len(ids.unique()) for _, ids, _ in inputs) / len(inputs)
-            calls = [lambda x=x, ids=ids, w=w: moe(x, ids, w, experts, everything) for x, ids, w in inputs]
+            calls = [partial(moe, *each, experts, everything) for each in inputs]
             row: Row = {
                 "what": f"{args.preset} {name} T={T}",
                 "seconds": seconds(calls),
                 "call": seconds(calls, graph=False),
                 "bytes": touched * bytes_per_expert + 4 * T * H,
-                "operations": 6 * T * K * H * I,
+                "operations": 6 * T * K * H * P,
             }
             if name == "bf16":
-                grouped = [lambda x=x, ids=ids, w=w: grouped_mm(x, ids, w, up, down) for x, ids, w in inputs]
+                grouped = [partial(grouped_mm, *each, up, down) for each in inputs]
                 row |= {"peer": "grouped_mm", "peer_seconds": seconds(grouped)}
             yield row
-        del experts, up, down
 
 
 def stored(weight: Tensor, name: str) -> Tensor | QuantizedWeight:
@@ -186,12 +197,11 @@ def decode_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row]
     for R, length in [(1, 4096)] if args.quick else [(1, 4096), (1, 32768), (16, 4096), (64, 4096)]:
         caches = [cache(R, length, J, D, device) for _ in range(4)]
         q = torch.randn(R, Q, D, device=device, dtype=torch.bfloat16)
-        calls = [lambda c=c: decode_attention(q, c, D**-0.5, max_length=length) for c in caches]
-        plain = [[torch.randn(R, J, length, D, device=device, dtype=torch.bfloat16) for _ in range(2)] for _ in range(4)]
-        sdpa = [
-            lambda k=k, v=v: torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
-            for k, v in plain
+        calls = [partial(decode_attention, q, c, D**-0.5, max_length=length) for c in caches]
+        plain = [
+            [torch.randn(R, J, length, D, device=device, dtype=torch.bfloat16) for _ in range(2)] for _ in range(4)
         ]
+        sdpa = [partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True) for k, v in plain]
         yield {
             "what": f"R={R} length={length}",
             "seconds": seconds(calls),
@@ -211,14 +221,14 @@ def prefill_rows(args: argparse.Namespace, device: torch.device) -> Iterator[Row
         starts = torch.tensor([0, T], dtype=torch.int32, device=device)
         q = torch.randn(T, Q, D, device=device, dtype=torch.bfloat16)
         k, v = (torch.randn(1, J, T, D, device=device, dtype=torch.bfloat16) for _ in range(2))
-        sdpa = torch.nn.functional.scaled_dot_product_attention
+        sdpa = partial(F.scaled_dot_product_attention, q.transpose(0, 1)[None], k, v, is_causal=True, enable_gqa=True)
         yield {
             "what": f"T={T}",
-            "seconds": seconds([lambda: prefill_attention(q, kv, starts, T, D**-0.5)]),
+            "seconds": seconds([partial(prefill_attention, q, kv, starts, T, D**-0.5)]),
             "bytes": 4 * T * (Q + J) * D,
             "operations": 2 * Q * T * T * D,
             "peer": "sdpa",
-            "peer_seconds": seconds([lambda: sdpa(q.transpose(0, 1)[None], k, v, is_causal=True, enable_gqa=True)]),
+            "peer_seconds": seconds([sdpa]),
         }
 
 

@@ -4,14 +4,14 @@
     python benchmarks/model.py MODEL --ways kt stock inductor --threads 2 --json model.json
     python benchmarks/model.py MODEL --ways kt kt:int4 --batches 1 8 --prompts 512
 
-Ways: kt is `torch.compile(model, backend="kt")`, kt:FORMAT the same with a weight format; stock is transformers as it comes
-(sdpa, grouped_mm experts), inductor is `torch.compile(model)`. All use transformers' dynamic cache and take turns. Decode is
-the median step of a greedy continuation of a prompt of 64 random tokens for each request; a prompt's time is that of the
-model's call, whose logits are those of the last token alone. The first call of each shape does not count.
+Ways: kt is `torch.compile(model, backend="kt")`, kt:FORMAT the same with a weight format; stock is transformers as it
+comes (sdpa, grouped_mm experts), inductor is `torch.compile(model)`. All use transformers' dynamic cache, in turns.
+Decode is the median step of a greedy continuation of a prompt of 64 random tokens for each request; a prompt's time is
+that of the model's call, whose logits are those of the last token alone. The first call of each shape does not count.
 
-The roofline is the larger of bytes / bandwidth and operations / peak, both measured before and after each turn: bytes of the
-weights that a step reads, each once, with as many experts as its tokens choose on average if all are alike, and operations of
-all products with weights (not those of attention).
+The roofline is the larger of bytes / bandwidth and operations / peak, both measured before and after each turn: bytes
+of the weights that a step reads, each once, with as many experts as its tokens choose on average if all are alike, and
+operations of all products with weights (not those of attention).
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
             for work, size in works:
                 turn(models[way], work, size, 2)
         gc.collect()
-        print(f"{way}: loaded in {loaded:.1f} s, first calls in {time.perf_counter() - begin - loaded:.1f} s", flush=True)
+        print(
+            f"{way}: loaded in {loaded:.1f} s, first calls in {time.perf_counter() - begin - loaded:.1f} s", flush=True
+        )
     rows = []
     for work, size in works:
         seconds: dict[str, list[float]] = defaultdict(list)
@@ -87,8 +89,17 @@ def run(args: argparse.Namespace) -> None:
                 for other in models
                 if other != way
             }
-            rows.append({"work": work, "size": size, "way": way, "seconds": statistics.median(seconds[way]),
-                         "least": min(seconds[way]), "fraction": fraction, "faster_than": ratios})
+            rows.append(
+                {
+                    "work": work,
+                    "size": size,
+                    "way": way,
+                    "seconds": statistics.median(seconds[way]),
+                    "least": min(seconds[way]),
+                    "fraction": fraction,
+                    "faster_than": ratios,
+                }
+            )
             print(line(rows[-1]), flush=True)
     if args.json:
         facts = {"cpu": machine().cpu, "isa": machine().isa, "threads": args.threads, "torch": torch.__version__}
@@ -99,8 +110,10 @@ def line(row: dict[str, Any]) -> str:
     ratios = "".join(f"  {ratio:.2f}x as fast as {other}" for other, ratio in row["faster_than"].items())
     rate = row["size"] / row["seconds"]
     what = f"{row['work']} {row['size']}"
-    return (f"{what:14} {row['way']:10} {row['seconds'] * 1e3:9.2f} ms  {rate:8.1f} tokens/s  "
-            f"{row['fraction']:.2f} of the roofline{ratios}")
+    return (
+        f"{what:14} {row['way']:10} {row['seconds'] * 1e3:9.2f} ms  {rate:8.1f} tokens/s  "
+        f"{row['fraction']:.2f} of the roofline{ratios}"
+    )
 
 
 def built(name: str, way: str) -> Any:

@@ -3,10 +3,10 @@
     python benchmarks/split.py MODEL --fractions 0 0.5 1                  a directory or a hub id
     python benchmarks/split.py MODEL --prompt 2048 --formats bf16 int4 --json split.json
 
-Each row is one way to run the model: "cpu" without a device, a fraction of each layer's experts on the GPU with the rest on
-the CPU, and "stock": transformers with all of the model on the GPU, where it fits. All begin with the same prompt of random
-tokens; decode is the median step of a greedy continuation, of one request, after a few that do not count. Prompts are timed
-twice, of which the faster counts.
+Each row is one way to run the model: "cpu" without a device, a fraction of each layer's experts on the GPU with the
+rest on the CPU, and "stock": transformers with all of the model on the GPU, where it fits. All begin with the same
+prompt of random tokens; decode is the median step of a greedy continuation, of one request, after a few that do not
+count. Prompts are timed twice, of which the faster counts.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from ktcompile import ops
+from ktcompile import openmp, ops  # noqa: F401  (openmp first: it loads torch)
 from ktcompile.graph.report import CompileReport, compile_reports
 from ktcompile.models import hf_attention, hf_experts
 from ktcompile.ops import get_num_threads, set_num_threads

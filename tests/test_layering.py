@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("_native",),
-    ("env", "log"),
+    ("env", "log", "openmp"),
     ("machine",),
     ("quant",),
     ("config",),

@@ -7,8 +7,10 @@ import functools
 import os
 import threading
 
-from ktcompile import _native, env
+from ktcompile import _native, env, openmp
 from ktcompile.machine import machine
+
+_IMPORTED_BY = os.getpid()
 
 
 class NativeThreads:
@@ -25,6 +27,8 @@ class NativeThreads:
         context = self._context
         if context is None:
             with self._lock:
+                if os.getpid() == _IMPORTED_BY:
+                    openmp.share_threads()
                 context = self._context = self._context or _native.Context(self._count)
         return context
 
@@ -41,6 +45,7 @@ class NativeThreads:
         # The threads of the parent do not exist here, so its context can be neither used nor destroyed.
         if self._context is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._context))
+        _native.use_openmp(0, 0, 0, 0)  # nor do those of OpenMP
         self._lock = threading.Lock()
         self._context = None
 

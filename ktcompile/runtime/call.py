@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ktcompile import _native
 from ktcompile.ops.moe import run
 from ktcompile.ops.observer import observe
 from ktcompile.runtime.device import Fetched, Products
@@ -166,5 +167,5 @@ def only(experts: Collection[int], num_experts: int) -> torch.Tensor:
 
 @functools.cache
 def _submitter() -> ThreadPoolExecutor:
-    """The thread that waits for the native threads, so that who submits does not."""
-    return ThreadPoolExecutor(1, "ktcompile-submit")
+    """The thread that waits for the native threads, so that who submits does not, and that leaves torch's to it."""
+    return ThreadPoolExecutor(1, "ktcompile-submit", _native.use_openmp_here, (False,))

@@ -356,6 +356,19 @@ NB_MODULE(_native, m) {
           "weight"_a, "strides"_a, "type"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("nbytes", [](const packed_linear& self) { return self.weight.bytes(); });
 
+  m.def(
+      "use_openmp",
+      [](std::uintptr_t parallel, std::uintptr_t thread, std::uintptr_t threads, std::uintptr_t most_threads) {
+        static kt::openmp runtime;
+        if (!parallel) return kt::use_openmp(nullptr);
+        using count = int (*)();
+        runtime = {reinterpret_cast<decltype(kt::openmp::parallel)>(parallel), reinterpret_cast<count>(thread),
+                   reinterpret_cast<count>(threads), reinterpret_cast<count>(most_threads)};
+        kt::use_openmp(&runtime);
+      },
+      "parallel"_a, "thread"_a, "threads"_a, "most_threads"_a);
+  m.def("use_openmp_here", &kt::use_openmp_here, "allowed"_a);
+
   nb::class_<kt::context>(m, "Context")
       .def(
           "__init__",

@@ -1,6 +1,7 @@
 #include <kt/thread_pool.h>
 #include <kt/topology.h>
 
+#include <algorithm>
 #include <cassert>
 
 namespace kt {
@@ -24,9 +25,37 @@ void wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old) {
   value.wait(old, std::memory_order_acquire);
 }
 
+std::atomic<const openmp*> runtime{nullptr};
+thread_local bool allowed_here = true;
+
+// The runtime, if a team of its threads for the calling thread has this size. Another one would be made anew, and made
+// anew again for the next work of others.
+const openmp* runtime_for(int threads) {
+  const openmp* r = runtime.load(std::memory_order_acquire);
+  return r && allowed_here && r->most_threads() == threads ? r : nullptr;
+}
+
+struct team_run {
+  const openmp* runtime;
+  void (*function)(void*, int);
+  void* context;
+  int size;
+};
+
+// The calling thread is the first of a team and the last of a pool. A team can be smaller than what was asked for.
+void run_in_team(void* data) {
+  const team_run& run = *static_cast<team_run*>(data);
+  const int step = run.runtime->threads();
+  for (int t = run.runtime->thread(); t < run.size; t += step) run.function(run.context, (t + run.size - 1) % run.size);
+}
+
 }  // namespace
 
-thread_pool::thread_pool(int threads, const std::vector<int>& cpus) {
+void use_openmp(const openmp* r) { runtime.store(r, std::memory_order_release); }
+void use_openmp_here(bool allowed) { allowed_here = allowed; }
+
+thread_pool::thread_pool(int threads, const std::vector<int>& cpus)
+    : pinned_(std::any_of(cpus.begin(), cpus.end(), [](int cpu) { return cpu >= 0; })) {
   assert(cpus.empty() || cpus.size() == static_cast<std::size_t>(threads));
   for (int t = 0; t + 1 < threads; ++t)
     workers_.emplace_back([this, t, cpu = cpus.empty() ? -1 : cpus[t]] {
@@ -44,6 +73,11 @@ thread_pool::~thread_pool() {
 
 void thread_pool::run(function f, void* context) {
   const auto workers = static_cast<std::uint32_t>(workers_.size());
+  if (const openmp* r = workers && !pinned_ ? runtime_for(size()) : nullptr) {
+    team_run all{r, f, context, size()};
+    r->parallel(run_in_team, &all, static_cast<unsigned>(all.size), 0);
+    return;
+  }
   function_ = f;
   context_ = context;
   if (workers) {

@@ -30,6 +30,56 @@ void test_thread_pool() {
   for (int i = 0; i < 20; ++i) kt::thread_pool idle(3);
 }
 
+// A runtime whose teams have at most two threads.
+thread_local int team_thread = 0, team_threads = 1;
+int teams = 0;
+const kt::openmp two_threads{
+    [](void (*function)(void*), void* data, unsigned threads, unsigned) {
+      ++teams;
+      const int size = std::min(threads, 2u);
+      const auto work = [&](int thread) {
+        team_thread = thread;
+        team_threads = size;
+        function(data);
+        team_thread = 0;
+        team_threads = 1;
+      };
+      std::thread other([&] { work(1); });
+      work(0);
+      other.join();
+    },
+    [] { return team_thread; }, [] { return team_threads; }, [] { return 5; }};
+
+void test_openmp() {
+  kt::thread_pool pool(5), small(2), pinned(5, {-1, -1, -1, 0, -1});
+  std::vector<long> count(5 * 16);
+  std::thread::id last;
+  auto add = [&](int thread) {
+    ++count[thread * 16];
+    if (thread == 4) last = std::this_thread::get_id();
+  };
+  const auto all_ran = [&](long runs) {
+    bool all = true;
+    for (int t = 0; t < 5; ++t) all = all && count[t * 16] == runs;
+    return all && last == std::this_thread::get_id();
+  };
+  kt::use_openmp(&two_threads);
+  pool.run(add);
+  check(teams == 1 && all_ran(1), "a smaller team does all of the work");
+  pinned.run(add);
+  check(teams == 1 && all_ran(2), "threads that are pinned do their own work");
+  kt::use_openmp_here(false);
+  pool.run(add);
+  check(teams == 1 && all_ran(3), "a thread may do without a team");
+  kt::use_openmp_here(true);
+  auto nothing = [](int) {};
+  small.run(nothing);
+  check(teams == 1, "a team of another size is not made");
+  kt::use_openmp(nullptr);
+  pool.run(add);
+  check(teams == 1 && all_ran(4), "without a runtime");
+}
+
 void test_memory() {
   for (std::size_t bytes : {1, 5000, 2 << 20, (4 << 20) + 1}) {
     kt::buffer b(bytes);
@@ -99,5 +149,6 @@ const std::vector<test> system_tests = {
     {"dispatch", test_dispatch},
     {"memory", test_memory},
     {"thread pool", test_thread_pool},
+    {"OpenMP", test_openmp},
     {"probes", test_probes},
 };
