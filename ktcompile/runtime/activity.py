@@ -72,10 +72,8 @@ class Activity:
         """The part of the rows whose expert was on the device; None: there were no rows."""
         return self.device_rows / self.rows if self.rows else None
 
-    def time(self, cpu: tuple[float, float] | None, device: tuple[float, float] | None) -> None:
+    def time(self, cpu: tuple[float, float] | None, device: tuple[float, float]) -> None:
         """Count when the CPU and the device were busy in one call, by the same clock. cpu: None if it was not."""
-        if device is None:
-            return
         self.timed_calls += 1
         self.device_seconds += device[1] - device[0]
         if cpu is not None:

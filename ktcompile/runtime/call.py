@@ -91,9 +91,8 @@ class SplitCall:
         """Return the sum of both parts once the CPU's is there. Where one has all the work, its result is the sum."""
         try:
             cpu_TH = self._cpu.result()
-            # A device that computes beside this thread may not be done yet; this call then is not one that is timed.
-            span = None if self._products is None else self._products.span()
-            self._layer.activity.time(self._cpu_span, span)
+            if self._products is not None:
+                self._layer.time(self._cpu_span, self._products)
             if self._left:
                 num_experts = len(self._state.cpu_id) - 1
                 left_TH = self._run(only(self._left, num_experts), known_ids(self._fetched, num_experts))

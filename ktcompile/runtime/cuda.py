@@ -66,7 +66,7 @@ class CudaDevice:
                 copies.append(self._streams.staging(tuple(tensor.shape), tensor.dtype).copy_(tensor, non_blocking=True))
         for tensor in as_now:
             stream.keep(tensor)
-        return CudaFetched(tuple(copies), stream.mark(), self._streams)
+        return CudaFetched(tuple(copies), stream.mark())
 
     def deliver(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the CPU on the GPU, there before what the current stream computes next."""
@@ -82,14 +82,13 @@ class CudaDevice:
 class CudaFetched:
     """Tensors of a call on their way to the CPU's memory."""
 
-    def __init__(self, copies: tuple[torch.Tensor, ...], arrived: Mark, streams: Streams) -> None:
-        self._copies, self._arrived, self._streams = copies, arrived, streams
+    def __init__(self, copies: tuple[torch.Tensor, ...], arrived: Mark) -> None:
+        self._copies, self._arrived = copies, arrived
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         """Return them once they are there. Any thread may wait."""
         if not self._arrived.done():
             self._arrived.wait()
-            self._streams.reached(self._arrived)
         return self._copies
 
 
@@ -146,15 +145,20 @@ class CudaProducts:
         # Kernels take plain weights of a dtype that the inputs' holds.
         storage = experts.down.format.storage
         wide = x_TH.dtype if storage is None else torch.promote_types(storage, x_TH.dtype)
-        self._products = kernels.Products(x_TH.to(wide).contiguous(), ids_TK, weights_TK, experts, x_TH.dtype)
+        self._products: kernels.Products | None = kernels.Products(
+            x_TH.to(wide).contiguous(), ids_TK, weights_TK, experts, x_TH.dtype
+        )
 
     def add(self, selection: torch.Tensor) -> None:
         """Compute the products of a selection's experts."""
+        assert self._products is not None
         self._products.add(selection)
 
     def result(self) -> torch.Tensor:
-        """Return the weighted sum over all that were added, [T, H]."""
+        """Return the weighted sum over all that were added, [T, H]. It is the end of the call."""
+        assert self._products is not None
         result_TH = self._products.result()
+        self._products = None  # the memory; who asks for the span has this object for longer
         self._ended = self._streams.compute.mark()
         return result_TH
 

@@ -10,6 +10,7 @@ Shape suffixes: T tokens, K top_k, H hidden_size, E experts.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,14 @@ from ktcompile.ops.experts import PackedExperts
 from ktcompile.ops.moe import check
 from ktcompile.runtime.activity import Activity, Counts
 from ktcompile.runtime.call import SplitCall, State
-from ktcompile.runtime.device import CopyError, Device, Event
+from ktcompile.runtime.device import CopyError, Device, Event, Products
 from ktcompile.runtime.streaming import Streaming
 
 if TYPE_CHECKING:
     from ktcompile.runtime.adaptive import AdaptivePlacement
+
+# Calls that have ended while a device still computes them; older ones are not timed.
+_UNTIMED = 8
 
 
 class _NoCopy:
@@ -67,6 +71,7 @@ class SplitExperts:
         self.adaptive: AdaptivePlacement | None = None  # of the first layer of a model whose experts follow its routers
         self.placed_by: object = None  # the key of the placer that chose what is where
         self.activity = Activity()
+        self._untimed: deque[tuple[tuple[float, float] | None, Products]] = deque(maxlen=_UNTIMED)
         self.chosen_E = np.zeros(experts.num_experts, dtype=np.int64)  # tokens of each expert since it was split
 
     @property
@@ -158,6 +163,15 @@ class SplitExperts:
         """Return what was asked for since the last time."""
         taken, self._counts = self._counts, Counts.none(self.experts.num_experts)
         return taken
+
+    def time(self, cpu: tuple[float, float] | None, products: Products) -> None:
+        """Count when both sides computed a call, now or when a later one ends: a device may not be done yet.
+
+        cpu: None if it had nothing to compute.
+        """
+        self._untimed.append((cpu, products))
+        while self._untimed and (span := self._untimed[0][1].span()) is not None:
+            self.activity.time(self._untimed.popleft()[0], span)
 
     def begin_call(self) -> None:
         self._under_way += 1

@@ -71,12 +71,8 @@ class Streams(Protocol):
         even if the tensor is gone."""
         ...
 
-    def reached(self, mark: Mark) -> None:
-        """Take note that a mark is reached at this moment, which ties the clocks of the device and the CPU."""
-        ...
-
     def when(self, mark: Mark) -> float | None:
-        """Return when a mark was reached, by time.perf_counter; None: it is not, or there is no telling."""
+        """Return when a mark was reached, by time.perf_counter; None: it is not."""
         ...
 
 
@@ -121,9 +117,6 @@ class CpuStreams:
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return memory."""
         return torch.empty(shape, dtype=dtype)
-
-    def reached(self, mark: Mark) -> None:
-        """Do nothing: there is but one clock."""
 
     def when(self, mark: Mark) -> float | None:
         """Return when a mark was made."""
