@@ -39,3 +39,8 @@ class Launch:
         assert isinstance(first, torch.Tensor)
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
             self.kernel[self.grid](*self.arguments, **constants, **self.options)
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()
