@@ -1,7 +1,8 @@
 """Pairs of a token and one of its slots sorted by expert: a counting sort that keeps the order of pairs.
 
 A program has a chunk of pairs, and takes ROWS of them at a time. Where there are several chunks, it knows the others by
-their counts of each expert; a single one counts by itself. An expert that is not resident is -1 here.
+their counts of each expert; a single one counts by itself. An expert that is not resident is -1 here. Numbers that vary
+with the batch are not specialised: a kernel is compiled once for a model.
 
 Shape suffixes: R rows (of pairs, chunks or blocks), E experts.
 """
@@ -34,7 +35,7 @@ def _count(
     return count_E
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def count_kernel(
     ids_ptr, place_ptr, counts_ptr, num_pairs, num_experts, num_resident,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
@@ -68,7 +69,7 @@ def _store_blocks(
         tl.store(at + 2, tl.sum(tl.where(has_RE, end_RE, 0), 1), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks"])
 def route_kernel(
     ids_ptr, place_ptr, counts_ptr, order_ptr, resident_ptr, blocks_ptr,
     num_pairs, num_experts, num_resident, num_blocks,
