@@ -240,7 +240,8 @@ def _check_inputs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Dev
         found = f"{list(weights_TK.shape)} of {weights_TK.dtype}"
         raise ValueError(f"topk_weights is {found}; it must be {list(ids_TK.shape)} and floating")
     for weight, what in ((experts.gate_up, "gate_up"), (experts.down, "down")):
-        if weight.scales is None and torch.promote_types(weight.codes.dtype, x_TH.dtype) != x_TH.dtype:
+        stored = x_TH.dtype if weight.scales is not None else weight.codes.dtype
+        if stored != x_TH.dtype and torch.promote_types(stored, x_TH.dtype) != x_TH.dtype:
             raise ValueError(f"x is {x_TH.dtype}, which does not hold the numbers of {what}, {weight.codes.dtype}")
     _check_one_device(x_TH, ids_TK, weights_TK, experts.down.codes)
 
