@@ -15,7 +15,7 @@ from ktcompile.ops.triton.attention import decode_launches, prefill_launch
 from ktcompile.ops.triton.kv import store_launch
 from ktcompile.ops.triton.launch import Launch
 from ktcompile.ops.triton.moe import BLOCK_ROWS, product_launches, sum_launch
-from ktcompile.ops.triton.routing import CHUNK, route_launches
+from ktcompile.ops.triton.routing import CHUNK, MANY_PAIRS, route_launches
 from ktcompile.quant import FORMATS
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_activations_of_experts(target: str) -> None:
 @pytest.mark.parametrize("experts", [8, 128, 512])
 def test_routing(experts: int, target: str) -> None:
     places = torch.arange(experts, dtype=torch.int32)
-    for tokens, dtype, kernels in ((1, torch.int64, 1), (CHUNK, torch.int32, 2)):
+    for tokens, dtype, kernels in ((1, torch.int64, 1), (CHUNK, torch.int64, 2), (MANY_PAIRS, torch.int32, 2)):
         arguments = (torch.zeros(tokens, 8, dtype=dtype), places, experts, BLOCK_ROWS)
         launches = [*route_launches(*arguments, routing_reference.route(*arguments), keep=tokens > 1)]
         assert len(launches) == kernels

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ktcompile.ops import Activation, ExpertsSpec, reference
 from ktcompile.ops.triton import DeviceExperts, Products, Routing, device_experts, moe, route, routing_reference
-from ktcompile.ops.triton.routing import CHUNK, max_blocks
+from ktcompile.ops.triton.routing import CHUNK, MANY_PAIRS, max_blocks
 from ktcompile.quant import FORMATS, QuantizedWeight
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 136, 40, 2
@@ -232,7 +232,8 @@ def test_the_routing_of_one_chunk_is_that_of_plain_torch(tokens: int, experts: i
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [
-    (CHUNK + 1, 1, 512), (CHUNK + 1, 1, 6), (2 * CHUNK, 1, 100), (5 * CHUNK, 2, 257),
+    (CHUNK + 1, 1, 512), (CHUNK + 1, 1, 6), (2 * CHUNK, 1, 100), (5 * CHUNK, 2, 257), (999, 7, 100),
+    (MANY_PAIRS - 1, 1, 60), (MANY_PAIRS, 1, 60), (MANY_PAIRS + 1, 1, 6),
     pytest.param(8192, 10, 512, marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="minutes in the interpreter")),
 ])  # fmt: skip
 def test_the_routing_of_many_chunks_is_that_of_plain_torch(tokens: int, top_k: int, experts: int) -> None:

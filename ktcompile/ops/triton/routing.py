@@ -14,8 +14,10 @@ from torch import Tensor
 from ktcompile.ops.triton.kernels.routing import count_kernel, route_kernel
 from ktcompile.ops.triton.launch import Launch, power_of_2
 
-# Pairs of a program. One program, and one launch, is all that decode takes.
-CHUNK = 512
+# Pairs of a program: it takes a few at a time, one after the other. One program is one launch, as for decode.
+CHUNK = 128
+# From so many pairs on chunks have four times as many, since each program reads the counts of all.
+MANY_PAIRS = 8192
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +66,10 @@ def route_launches(
 ) -> Iterator[Launch]:
     """Yield the kernels that fill `routing`, to be run in order. keep: see `route_kernel`."""
     num_pairs, num_experts = ids_TK.numel(), resident_E.shape[0]
-    chunks, experts = -(-num_pairs // CHUNK), power_of_2(max(16, num_experts))
+    chunk = CHUNK if num_pairs < MANY_PAIRS else 4 * CHUNK
+    chunks, experts = -(-num_pairs // chunk), power_of_2(max(16, num_experts))
     sizes = (num_pairs, num_experts, num_resident)
-    constants = {"CHUNK": CHUNK, "ROWS": max(8, min(128, 4096 // experts)), "EXPERTS": experts}
+    constants = {"CHUNK": chunk, "ROWS": max(8, min(128, 4096 // experts)), "EXPERTS": experts}
     counts = routing.order  # not read where there is one chunk
     if chunks > 1:
         counts = torch.empty(chunks, experts, dtype=torch.int32, device=ids_TK.device)

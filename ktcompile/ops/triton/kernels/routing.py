@@ -2,7 +2,7 @@
 
 A program has a chunk of pairs, and takes ROWS of them at a time. Where there are several chunks, it knows the others by
 their counts of each expert; a single one counts by itself. An expert that is not resident is -1 here. Numbers that vary
-with the batch are not specialised: a kernel is compiled once for a model.
+with the batch are not specialised, so that few kernels are compiled for a model.
 
 Shape suffixes: R rows (of pairs, chunks or blocks), E experts.
 """
