@@ -10,11 +10,12 @@ pytest.importorskip("triton")
 from helpers.triton_compile import SHARED_MEMORY, TARGETS, compile_for
 
 from ktcompile.ops import Activation
-from ktcompile.ops.triton import BlockCache, Rotary, device_experts, route
+from ktcompile.ops.triton import BlockCache, Rotary, device_experts, routing_reference
 from ktcompile.ops.triton.attention import decode_launches, prefill_launch
 from ktcompile.ops.triton.kv import store_launch
 from ktcompile.ops.triton.launch import Launch
 from ktcompile.ops.triton.moe import BLOCK_ROWS, product_launches, sum_launch
+from ktcompile.ops.triton.routing import CHUNK, MANY_PAIRS, route_launches
 from ktcompile.quant import FORMATS
 
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ def moe_launches(weight_format: str, activation: Activation, *, bias: bool = Fal
     biases = [torch.zeros(s[:2]) if bias else None for s in shapes]
     layer = device_experts(*weights, activation, *biases, device=CPU)
     ids = torch.zeros(tokens, top_k, dtype=torch.int64)
-    routing = route(ids, torch.arange(experts, dtype=torch.int32), experts, BLOCK_ROWS)
+    routing = routing_reference.route(ids, torch.arange(experts, dtype=torch.int32), experts, BLOCK_ROWS)
     x = torch.zeros(tokens, hidden, dtype=dtype)
     products = torch.zeros(tokens * top_k, hidden)
     total = sum_launch(products, torch.zeros(tokens, top_k), routing.resident, torch.empty_like(x))
@@ -54,6 +55,19 @@ def test_products_of_experts(weight_format: str, target: str) -> None:
 def test_activations_of_experts(target: str) -> None:
     for activation in (Activation("swigluoai", alpha=1.702, limit=7.0), Activation("gelu_erf")):
         check(moe_launches("mxfp4", activation, bias=True)[0], target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("experts", [8, 128, 512])
+def test_routing(experts: int, target: str) -> None:
+    places = torch.arange(experts, dtype=torch.int32)
+    for tokens, dtype, kernels in ((1, torch.int64, 1), (CHUNK, torch.int64, 2), (MANY_PAIRS, torch.int32, 2)):
+        arguments = (torch.zeros(tokens, 8, dtype=dtype), places, experts, BLOCK_ROWS)
+        launches = [*route_launches(*arguments, routing_reference.route(*arguments), keep=tokens > 1)]
+        assert len(launches) == kernels
+        for launch in launches:
+            check(launch, target, has_dot=False)
 
 
 ATTENTION = {  # heads of queries and keys, sizes of keys and values

@@ -58,11 +58,14 @@ def compile_for(launch: Launch, name: str) -> Compiled:
     if INTERPRET in launch.kernel.arg_names:
         constants[INTERPRET] = False
     signature, attributes = {}, {}
-    for i, argument in enumerate(launch.kernel.arg_names):
+    for i, (argument, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
         value = launch.arguments[i]
+        if parameter.do_not_specialize:
+            signature[argument] = _type(value)
+            continue
         if isinstance(value, int) and value == 1:
             signature[argument], constants[argument] = "constexpr", 1
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from helpers.triton_device import DEVICE, in_poison
 from torch import Tensor
 
 from ktcompile.ops import Activation, ExpertsSpec, reference
-from ktcompile.ops.triton import DeviceExperts, Products, device_experts, moe, route
-from ktcompile.ops.triton.routing import max_blocks
+from ktcompile.ops.triton import DeviceExperts, Products, Routing, device_experts, moe, route, routing_reference
+from ktcompile.ops.triton.routing import CHUNK, MANY_PAIRS, max_blocks
 from ktcompile.quant import FORMATS, QuantizedWeight
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 136, 40, 2
@@ -194,12 +195,76 @@ def test_blocks_cover_every_resident_pair_once() -> None:
         places = torch.tensor([1, -1, 0, 2, -1, 3], dtype=torch.int32, device=DEVICE)
         routing = route(ids, places, 4, block_rows)
         rows = []
-        for expert, begin, end in zip(*(t.tolist() for t in (routing.expert, routing.begin, routing.end)), strict=True):
-            assert (end > begin) == (expert >= 0) and end - begin <= block_rows
-            assert all(routing.resident[p] == expert for p in routing.order[begin:end])
+        for place, begin, end in routing.blocks.tolist():
+            assert (end > begin) == (place >= 0) and end - begin <= block_rows
+            assert all(routing.resident[p] == place for p in routing.order[begin:end])
             rows += range(begin, end)
         assert rows == list(range(int((routing.resident >= 0).sum())))
         assert sorted(routing.order.tolist()) == list(range(ids.numel()))
+
+
+def random_ids(tokens: int, top_k: int, experts: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return ids of which some are of no expert."""
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts + 2, (tokens, top_k), generator=generator)
+    ids[torch.rand(ids.shape, generator=generator) < 0.02] = (1 << 40) if dtype == torch.int64 else (1 << 31) - 1
+    return ids.to(dtype).to(DEVICE)
+
+
+def random_places(experts: int, num_resident: int) -> Tensor:
+    """Return places of which some are of no expert."""
+    generator = torch.Generator().manual_seed(experts)
+    return torch.randint(-2, num_resident + 2, (experts,), generator=generator, dtype=torch.int32).to(DEVICE)
+
+
+def assert_same_routing(got: Routing, wanted: Routing) -> None:
+    for name in ("order", "resident", "blocks"):
+        assert getattr(got, name).dtype == torch.int32
+        assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("experts", [0, 1, 6, 128, 257, 512])
+@pytest.mark.parametrize("tokens", [0, 1, CHUNK // 8])
+def test_the_routing_of_one_chunk_is_that_of_plain_torch(tokens: int, experts: int, dtype: torch.dtype) -> None:
+    arguments = (random_ids(tokens, 8, experts, dtype), random_places(experts, 40), 40, 4)
+    assert_same_routing(route(*arguments), routing_reference.route(*arguments))
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [
+    (CHUNK + 1, 1, 512), (CHUNK + 1, 1, 6), (2 * CHUNK, 1, 100), (5 * CHUNK, 2, 257), (999, 7, 100),
+    (MANY_PAIRS - 1, 1, 60), (MANY_PAIRS, 1, 60), (MANY_PAIRS + 1, 1, 6),
+    pytest.param(8192, 10, 512, marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="minutes in the interpreter")),
+])  # fmt: skip
+def test_the_routing_of_many_chunks_is_that_of_plain_torch(tokens: int, top_k: int, experts: int) -> None:
+    arguments = (random_ids(tokens, top_k, experts), random_places(experts, 700), 700, 64)
+    assert_same_routing(route(*arguments), routing_reference.route(*arguments))
+
+
+@pytest.mark.parametrize("tokens", [5, CHUNK])
+def test_all_pairs_may_have_one_expert_or_none(tokens: int) -> None:
+    for expert in (2, 5, EXPERTS):
+        ids = torch.full((tokens, 2), expert, device=DEVICE)
+        places = torch.tensor([3, -1, 0, 2, -1, 1], dtype=torch.int32, device=DEVICE)
+        assert_same_routing(route(ids, places, 4, 16), routing_reference.route(ids, places, 4, 16))
+
+
+def test_ids_and_places_may_be_strided() -> None:
+    ids, places = random_ids(9, 4, EXPERTS), random_places(2 * EXPERTS, 4)
+    arguments = (ids[:, ::2], places[::2], 4, 16)
+    assert_same_routing(route(*arguments), routing_reference.route(*arguments))
+
+
+@pytest.mark.parametrize("tokens", [40, CHUNK])
+def test_a_second_routing_keeps_the_places_of_the_first(tokens: int) -> None:
+    ids = random_ids(tokens, 2, EXPERTS)
+    first, second = (
+        torch.tensor(p, dtype=torch.int32, device=DEVICE) for p in ([-1, 1, -1, -1, 0, -1], [-1, -1, 3, 2, -1, -1])
+    )
+    both = route(ids, second, 4, 16, before=route(ids, first, 4, 16))
+    wanted = routing_reference.route(ids, second, 4, 16)
+    every = routing_reference.route(ids, torch.maximum(first, second), 4, 16).resident
+    assert_same_routing(both, replace(wanted, resident=every))
 
 
 def test_the_places_of_other_layers_cost_nothing() -> None:
@@ -208,11 +273,16 @@ def test_the_places_of_other_layers_cost_nothing() -> None:
     places = torch.tensor([3000, -1, 7, 2999, -1, 0], dtype=torch.int32, device=DEVICE)
     few = torch.tensor([3, -1, 1, 2, -1, 0], dtype=torch.int32, device=DEVICE)
     wide, narrow = route(ids, places, 3072, 4), route(ids, few, 4, 4)
-    assert len(wide.expert) == max_blocks(ids.numel(), EXPERTS, 4) == len(narrow.expert)
-    for name in ("order", "begin", "end"):
-        assert torch.equal(getattr(wide, name), getattr(narrow, name)), name
+    assert len(wide.blocks) == max_blocks(ids.numel(), EXPERTS, 4) == len(narrow.blocks)
+    assert torch.equal(wide.order, narrow.order)
     renamed = {3000: 3, 7: 1, 2999: 2, 0: 0, -1: -1}
-    assert [renamed[place] for place in wide.expert.tolist()] == narrow.expert.tolist()
+    assert [[renamed[place], *rows] for place, *rows in wide.blocks.tolist()] == narrow.blocks.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_every_dtype_are_those_of_fp32(dtype: torch.dtype) -> None:
+    experts, (x, ids, weights) = Layer().on_device(), inputs(3)
+    assert_exact(run(experts, x, ids, weights.to(dtype)), run(experts, x, ids, weights.to(dtype).float()))
 
 
 @pytest.mark.parametrize("weight_format", ["fp32", "int4_g32_zp", "int8"])

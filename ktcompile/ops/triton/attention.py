@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ktcompile.ops.triton.kernels.attention import combine_kernel, decode_kernel, prefill_kernel
-from ktcompile.ops.triton.launch import Launch
+from ktcompile.ops.triton.launch import Launch, power_of_2
 
 # Keys of a split. It does not depend on the batch, and so neither does the order of sums.
 SPLIT = 512
@@ -106,7 +106,7 @@ def decode_launches(
     acc_RQSV = q_RQD.new_empty(requests, heads, num_splits, value_size, dtype=torch.float32)
     best_RQS, total_RQS = (acc_RQSV.new_empty(requests, heads, num_splits) for _ in range(2))
     tiles = _Tiles.of(cache)
-    rows = min(max(16, _power_of_2(group)), 64 if tiles.head_size <= 128 else 16)
+    rows = min(max(16, power_of_2(group)), 64 if tiles.head_size <= 128 else 16)
     head_tiles = -(-group // rows)
     seen = window or _EVERYTHING
     yield Launch(
@@ -126,7 +126,7 @@ def decode_launches(
             *(acc_RQSV, best_RQS, total_RQS, out_RQV, acc_RQSV if sinks is None else sinks, cache.lengths),
             *(seen, num_splits, value_size, *out_RQV.stride()[:2]),
         ),
-        {"SPLIT": SPLIT, "N": tiles.keys, "V": _power_of_2(value_size), "HAS_SINKS": sinks is not None},
+        {"SPLIT": SPLIT, "N": tiles.keys, "V": power_of_2(value_size), "HAS_SINKS": sinks is not None},
         num_warps=1,
     )
 
@@ -175,19 +175,14 @@ class _Tiles:
     def of(cache: BlockCache) -> _Tiles:
         head_size, value_size = cache.k.shape[3], cache.v.shape[3]
         first = max(16, 1 << head_size.bit_length() - 1)
-        second = max(16, _power_of_2(head_size - first)) if head_size > first else 0
+        second = max(16, power_of_2(head_size - first)) if head_size > first else 0
         shared = cache.v.data_ptr() == cache.k.data_ptr() and cache.v.stride() == cache.k.stride()
         keys = 64 if head_size <= 128 else 32 if head_size <= 256 else 16
-        return _Tiles(head_size, first, second, max(16, _power_of_2(value_size)), shared and value_size == first, keys)
+        return _Tiles(head_size, first, second, max(16, power_of_2(value_size)), shared and value_size == first, keys)
 
     @property
     def constants(self) -> dict[str, Any]:
         return {"N": self.keys, "D1": self.first, "D2": self.second, "V": self.values, "SHARED": self.shared}
-
-
-def _power_of_2(n: int) -> int:
-    """Return the least power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
 
 
 def _check(q: Tensor, cache: BlockCache, window: int | None, sinks: Tensor | None) -> None:

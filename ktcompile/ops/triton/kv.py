@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ktcompile.ops.triton.kernels.kv import store_kernel
-from ktcompile.ops.triton.launch import Launch
+from ktcompile.ops.triton.launch import Launch, power_of_2
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -78,7 +78,7 @@ def store_launch(
     """Return the kernel of a call. Arguments as `store_kv` has checked them."""
     (tokens, heads, size), kv_heads = q_TQD.shape, k_TJD.shape[1]
     v, held = (k_TJD, k_cache) if v_TJV is None or v_cache is None else (v_TJV, v_cache)
-    columns = _power_of_2(size)
+    columns = power_of_2(size)
     rows = max(1, 1024 // columns)
     q_tiles, kv_tiles = -(-heads // rows), -(-kv_heads // rows)
     return Launch(
@@ -93,17 +93,12 @@ def store_launch(
         {
             "B": rows,
             "D": columns,
-            "V": _power_of_2(v.shape[2]),
+            "V": power_of_2(v.shape[2]),
             "COUNT": rotary.cos.shape[1],
             "INTERLEAVED": rotary.interleaved,
             "HAS_VALUES": v_TJV is not None,
         },
     )
-
-
-def _power_of_2(n: int) -> int:
-    """Return the least power of two that is n or more."""
-    return 1 << (n - 1).bit_length()
 
 
 def _check(q: Tensor, k: Tensor, k_cache: Tensor, rotary: Rotary) -> None:

@@ -10,6 +10,8 @@ import torch
 from triton import knobs
 
 INTERPRET = "INTERPRET"
+# Kernels are compiled or interpreted as this said when their modules were imported.
+_IS_INTERPRETED = bool(knobs.runtime.interpret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +34,16 @@ class Launch:
         """Start the kernel on the current stream of its first argument's device. An empty grid does nothing."""
         if 0 in self.grid:
             return
-        constants = dict(self.constants)
+        options = self.constants | self.options
         if INTERPRET in self.kernel.arg_names:
-            constants[INTERPRET] = bool(knobs.runtime.interpret)
+            options[INTERPRET] = _IS_INTERPRETED
         first = self.arguments[0]
         assert isinstance(first, torch.Tensor)
-        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            self.kernel[self.grid](*self.arguments, **constants, **self.options)
+        is_current = not first.is_cuda or first.get_device() == torch.cuda.current_device()
+        with nullcontext() if is_current else torch.cuda.device(first.device):
+            self.kernel[self.grid](*self.arguments, **options)
+
+
+def power_of_2(n: int) -> int:
+    """Return the least power of two that is n or more."""
+    return 1 << (n - 1).bit_length()

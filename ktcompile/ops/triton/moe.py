@@ -115,27 +115,26 @@ class Products:
         dtype: torch.dtype | None = None,
     ) -> None:
         _check_inputs(x_TH, ids_TK, weights_TK, experts)
-        self._x_TH, self._ids_TK, self._weights_TK = x_TH, ids_TK, weights_TK.float().contiguous()
+        self._x_TH, self._ids_TK, self._weights_TK = x_TH, ids_TK, weights_TK.contiguous()
         self._experts, self._dtype = experts, dtype or x_TH.dtype
         self._products_PH = x_TH.new_empty(ids_TK.numel(), x_TH.shape[1], dtype=torch.float32)
-        self._resident_P = ids_TK.new_full((ids_TK.numel(),), -1, dtype=torch.int32)
+        self._routing: Routing | None = None
 
     def add(self, resident_E: Tensor) -> None:
         """Compute the products of the experts that have a place in `resident_E`; none has come before."""
         _check_resident(resident_E, self._x_TH.device)
         if not self._ids_TK.numel() or not self._experts.num_resident:
             return
-        routing = route(self._ids_TK, resident_E, self._experts.num_resident, BLOCK_ROWS)
-        for launch in product_launches(self._x_TH, self._products_PH, self._experts, routing):
+        self._routing = route(self._ids_TK, resident_E, self._experts.num_resident, BLOCK_ROWS, self._routing)
+        for launch in product_launches(self._x_TH, self._products_PH, self._experts, self._routing):
             launch.run()
-        self._resident_P = torch.maximum(self._resident_P, routing.resident)
 
     def result(self) -> Tensor:
         """Return the weighted sum over all that were added, [T, H]."""
         out_TH = torch.empty(self._x_TH.shape, dtype=self._dtype, device=self._x_TH.device)
-        if not self._ids_TK.numel():
+        if self._routing is None:
             return out_TH.zero_()
-        sum_launch(self._products_PH, self._weights_TK, self._resident_P, out_TH).run()
+        sum_launch(self._products_PH, self._weights_TK, self._routing.resident, out_TH).run()
         return out_TH
 
 
@@ -174,7 +173,7 @@ def _first_product(x_TH: Tensor, activated_PI: Tensor, experts: DeviceExperts, r
     }
     return Launch(
         first_product_kernel,
-        (len(routing.expert), -(-experts.intermediate_size // columns)),
+        (len(routing.blocks), -(-experts.intermediate_size // columns)),
         (x_TH, activated_PI, *_tensors(weight, experts.gate_up_bias, routing), *sizes, *_strides(weight)),
         constants,
     )
@@ -184,7 +183,7 @@ def _second_product(activated_PI: Tensor, products_PH: Tensor, experts: DeviceEx
     weight, hidden, columns = experts.down, products_PH.shape[1], 128
     return Launch(
         second_product_kernel,
-        (len(routing.expert), -(-hidden // columns)),
+        (len(routing.blocks), -(-hidden // columns)),
         (
             activated_PI,
             products_PH,
@@ -201,7 +200,7 @@ def _second_product(activated_PI: Tensor, products_PH: Tensor, experts: DeviceEx
 def _tensors(weight: DeviceWeight, bias: Tensor | None, routing: Routing) -> tuple[Tensor, ...]:
     """Return what both products read. Kernels do not touch the pointers that stand for what there is not."""
     optional = (t if t is not None else weight.codes for t in (weight.scales, weight.zeros, bias))
-    return weight.codes, *optional, routing.order, routing.expert, routing.begin, routing.end
+    return weight.codes, *optional, routing.order, routing.blocks
 
 
 def _strides(weight: DeviceWeight) -> tuple[int, int, int, int]:
@@ -241,7 +240,8 @@ def _check_inputs(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Dev
         found = f"{list(weights_TK.shape)} of {weights_TK.dtype}"
         raise ValueError(f"topk_weights is {found}; it must be {list(ids_TK.shape)} and floating")
     for weight, what in ((experts.gate_up, "gate_up"), (experts.down, "down")):
-        if weight.scales is None and torch.promote_types(weight.codes.dtype, x_TH.dtype) != x_TH.dtype:
+        stored = x_TH.dtype if weight.scales is not None else weight.codes.dtype
+        if stored != x_TH.dtype and torch.promote_types(stored, x_TH.dtype) != x_TH.dtype:
             raise ValueError(f"x is {x_TH.dtype}, which does not hold the numbers of {what}, {weight.codes.dtype}")
     _check_one_device(x_TH, ids_TK, weights_TK, experts.down.codes)
 

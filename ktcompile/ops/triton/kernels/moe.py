@@ -44,15 +44,15 @@ def _add_bias(acc, bias_ptr, rows, row_mask, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def first_product_kernel(
-    x_ptr, out_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, order_ptr, slot_ptr, begin_ptr, end_ptr,
+    x_ptr, out_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, order_ptr, blocks_ptr,
     top_k, columns, outputs, stride_x, stride_slot, stride_row, stride_column, stride_scales,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Write act(x @ gate.T, x @ up.T) [pairs, outputs], in sorted order, for one block of pairs."""
-    block = tl.program_id(0)
-    slot = tl.load(slot_ptr + block).to(tl.int64)
+    blocks_ptr += 3 * tl.program_id(0)
+    slot = tl.load(blocks_ptr).to(tl.int64)
     if slot < 0:
         return
     num_rows = 2 * outputs if GATED else outputs
@@ -61,8 +61,8 @@ def first_product_kernel(
     zeros_ptr += slot * stride_scales
     bias_ptr += slot * num_rows
 
-    m = tl.load(begin_ptr + block) + tl.arange(0, BLOCK_M)
-    mask_M = m < tl.load(end_ptr + block)
+    m = tl.load(blocks_ptr + 1) + tl.arange(0, BLOCK_M)
+    mask_M = m < tl.load(blocks_ptr + 2)
     pairs = tl.load(order_ptr + m, mask=mask_M, other=0)
     x_ptrs = x_ptr + (pairs // top_k).to(tl.int64) * stride_x
 
@@ -98,14 +98,14 @@ def first_product_kernel(
 
 @triton.jit
 def second_product_kernel(
-    x_ptr, out_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, order_ptr, slot_ptr, begin_ptr, end_ptr,
+    x_ptr, out_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, order_ptr, blocks_ptr,
     columns, outputs, stride_slot, stride_row, stride_column, stride_scales,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Write x @ down.T [pairs, outputs] in fp32, each row at its pair, for one block of rows of x in sorted order."""
-    block = tl.program_id(0)
-    slot = tl.load(slot_ptr + block).to(tl.int64)
+    blocks_ptr += 3 * tl.program_id(0)
+    slot = tl.load(blocks_ptr).to(tl.int64)
     if slot < 0:
         return
     codes_ptr += slot * stride_slot
@@ -113,8 +113,8 @@ def second_product_kernel(
     zeros_ptr += slot * stride_scales
     bias_ptr += slot * outputs
 
-    m = tl.load(begin_ptr + block) + tl.arange(0, BLOCK_M)
-    mask_M = m < tl.load(end_ptr + block)
+    m = tl.load(blocks_ptr + 1) + tl.arange(0, BLOCK_M)
+    mask_M = m < tl.load(blocks_ptr + 2)
     x_ptrs = x_ptr + m.to(tl.int64) * columns
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_N = n < outputs
@@ -142,5 +142,6 @@ def weighted_sum_kernel(products_ptr, weights_ptr, resident_ptr, out_ptr, top_k,
     for k in range(top_k):
         pair = token * top_k + k
         if tl.load(resident_ptr + pair) >= 0:
-            acc += tl.load(weights_ptr + pair) * tl.load(products_ptr + pair * columns + n, mask=n < columns, other=0)
+            weight = tl.load(weights_ptr + pair).to(tl.float32)
+            acc += weight * tl.load(products_ptr + pair * columns + n, mask=n < columns, other=0)
     tl.store(out_ptr + token * columns + n, acc.to(out_ptr.dtype.element_ty), mask=n < columns)
