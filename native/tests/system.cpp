@@ -33,22 +33,21 @@ void test_thread_pool() {
 // A runtime whose teams have at most two threads.
 thread_local int team_thread = 0, team_threads = 1;
 int teams = 0;
-const kt::openmp two_threads{
-    [](void (*function)(void*), void* data, unsigned threads, unsigned) {
-      ++teams;
-      const int size = std::min(threads, 2u);
-      const auto work = [&](int thread) {
-        team_thread = thread;
-        team_threads = size;
-        function(data);
-        team_thread = 0;
-        team_threads = 1;
-      };
-      std::thread other([&] { work(1); });
-      work(0);
-      other.join();
-    },
-    [] { return team_thread; }, [] { return team_threads; }, [] { return 5; }};
+const kt::openmp two_threads{[](void (*function)(void*), void* data, unsigned threads, unsigned) {
+                               ++teams;
+                               const int size = std::min(threads, 2u);
+                               const auto work = [&](int thread) {
+                                 team_thread = thread;
+                                 team_threads = size;
+                                 function(data);
+                                 team_thread = 0;
+                                 team_threads = 1;
+                               };
+                               std::thread other([&] { work(1); });
+                               work(0);
+                               other.join();
+                             },
+                             [] { return team_thread; }, [] { return team_threads; }, [] { return 5; }};
 
 void test_openmp() {
   kt::thread_pool pool(5), small(2), pinned(5, {-1, -1, -1, 0, -1});
@@ -146,9 +145,6 @@ void test_probes() {
 }  // namespace
 
 const std::vector<test> system_tests = {
-    {"dispatch", test_dispatch},
-    {"memory", test_memory},
-    {"thread pool", test_thread_pool},
-    {"OpenMP", test_openmp},
-    {"probes", test_probes},
+    {"dispatch", test_dispatch}, {"memory", test_memory}, {"thread pool", test_thread_pool},
+    {"OpenMP", test_openmp},     {"probes", test_probes},
 };

@@ -1,7 +1,7 @@
 // A fixed set of threads that run one function together. Between runs they spin for a moment, then sleep.
 //
-// Where the program has an OpenMP runtime whose threads it uses too, theirs are used instead: they spin for a while after
-// work of their own, and would have to share their cores with others.
+// Where the program has an OpenMP runtime whose threads it uses too, theirs are used instead: they spin for a while
+// after work of their own, and would have to share their cores with others.
 #pragma once
 #include <atomic>
 #include <cstdint>
