@@ -251,6 +251,7 @@ def test_ctrl_c_before_the_first_token_writes_nothing(model, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_a_process_that_is_interrupted_keeps_the_trace(tmp_path):
     """At whatever moment the signal comes."""
     trace = tmp_path / "trace.npz"
