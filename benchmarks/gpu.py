@@ -30,7 +30,14 @@ from torch import Tensor
 
 from ktcompile.bench.shapes import PRESETS
 from ktcompile.ops.spec import Activation
-from ktcompile.ops.triton import BlockCache, decode_attention, device_experts, moe, prefill_attention
+from ktcompile.ops.triton import (
+    BlockCache,
+    DeviceExperts,
+    decode_attention,
+    device_experts,
+    moe,
+    prefill_attention,
+)
 from ktcompile.quant import FORMATS, QuantizedWeight
 
 Row = dict[str, Any]
@@ -164,13 +171,9 @@ def stored(weight: Tensor, name: str) -> Tensor | QuantizedWeight:
     return replace(few, **{n: part.repeat(-(-len(weight) // 4), 1, 1)[: len(weight)] for n, part in parts.items()})
 
 
-def weight_bytes(experts: Any) -> int:
-    weights = [value for w in (experts.gate_up, experts.down) for value in vars_of(w) if isinstance(value, Tensor)]
-    return sum(value.numel() * value.element_size() for value in weights)
-
-
-def vars_of(weight: Any) -> list[Any]:
-    return [getattr(weight, name) for name in weight.__dataclass_fields__]
+def weight_bytes(experts: DeviceExperts) -> int:
+    tensors = [t for w in (experts.gate_up, experts.down) for t in (w.codes, w.scales, w.zeros) if t is not None]
+    return sum(t.nbytes for t in tensors)
 
 
 def routed(T: int, K: int, H: int, E: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +188,7 @@ def grouped_mm(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, up: Tensor, dow
     sorted_P, order_P = ids_TK.flatten().sort()
     ends_E = torch.searchsorted(sorted_P, torch.arange(E, device=x_TH.device), right=True).int()
     gate, value = torch._grouped_mm(x_TH[order_P // K], up.mT, offs=ends_E).chunk(2, -1)
-    out_PH = torch._grouped_mm(torch.nn.functional.silu(gate) * value, down.mT, offs=ends_E)
+    out_PH = torch._grouped_mm(F.silu(gate) * value, down.mT, offs=ends_E)
     out_PH = out_PH * weights_TK.flatten()[order_P, None].to(out_PH.dtype)
     back = torch.empty_like(out_PH).index_copy_(0, order_P, out_PH)
     return back.view(T, K, -1).sum(1)
