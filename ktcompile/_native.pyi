@@ -203,9 +203,14 @@ class Context:
 
     def linear(self, arg0: Linear, arg1: str, arg2: int, arg3: int, arg4: DType, arg5: int, arg6: int, arg7: int, /) -> None: ...
 
-    def norm(self, isa: str, shape: tuple[int, int, int], type: DType, rows: tuple[int, int, int], out: tuple[int, int, int], weight: int, weight_type: DType, offset: float, epsilon: float, round_first: bool) -> None:
+    def norm(self, isa: str, shape: tuple[int, int, int], type: DType, rows: tuple[int, int, int], out: tuple[int, int, int], weight: tuple[int, DType, float, float, bool], addition: tuple[int, int]) -> None:
         """
-        Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, stride of groups, of rows), in elements.
+        Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, stride of groups, of rows), in elements. weight: (address, type, offset, epsilon, round_first). addition: addresses of what is added first, lying as `rows`, and of where the sums go, lying as `out`, or zeros.
+        """
+
+    def rotary(self, isa: str, shape: tuple[int, int, int, int, int], type: DType, heads: tuple[int, int, int, int], out: tuple[int, int, int, int], cos: int, sin: int, angle_strides: tuple[int, int], norm: tuple[int, DType, float, float, bool]) -> None:
+        """
+        Rotary embedding. shape: (sequences, positions, heads, elements of a head, how many of them are rotated). heads, out: (address, strides of sequence, position and head). cos, sin: addresses, of the type of heads. angle_strides: of sequence and position. norm: as of `norm`, or address 0.
         """
 
     def attention(self, isa: str, heads: tuple[int, int, int], sizes: tuple[int, int], type: DType, kv_type: DType, query: tuple[int, int, int, int], key: tuple[int, int, int, int], value: tuple[int, int, int, int], out: tuple[int, int, int, int], counts: tuple[int, int, int, int, int], table: tuple[int, int, int], mask: tuple[tuple[int, int, int, int], MaskType], rule: tuple[bool, int, float, float, int]) -> None:

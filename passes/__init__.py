@@ -3,21 +3,25 @@
 1. fuse_moe: what was traced in an experts module becomes one `kt::experts`. First, while Dynamo's record of
    modules still stands.
 2. fuse_norm: what was traced in a root-mean-square normalisation becomes one `kt::rms_norm`.
-3. fuse_attention: each `scaled_dot_product_attention` becomes a `kt::attention`.
-4. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
+3. fuse_add_norm: a sum and its norm become one `kt::add_rms_norm`.
+4. fuse_rotary: each rotary embedding becomes one `kt::rotary`, with the norm before it, which pass 2 found.
+5. fuse_attention: each `scaled_dot_product_attention` becomes a `kt::attention`.
+6. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
    packed weights, which the executable supplies.
-5. pack_linear: linear layers on constant weights become `kt::linear`, on packed weights too.
-6. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
-7. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
+7. pack_linear: linear layers on constant weights become `kt::linear`, on packed weights too.
+8. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
+9. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ktcompile.passes.fuse_add_norm import fuse_add_norm
 from ktcompile.passes.fuse_attention import fuse_attention
 from ktcompile.passes.fuse_moe import fuse_moe
 from ktcompile.passes.fuse_norm import fuse_norm
+from ktcompile.passes.fuse_rotary import fuse_rotary
 from ktcompile.passes.overlap import overlap
 from ktcompile.passes.pack_linear import pack_linear
 from ktcompile.passes.pack_moe import pack_moe
@@ -32,6 +36,8 @@ def passes_for(options: CompileOptions) -> Sequence[Pass]:
     every = [
         Pass("fuse_moe", fuse_moe, exact=False),
         Pass("fuse_norm", fuse_norm, exact=False),
+        Pass("fuse_add_norm", fuse_add_norm, exact=True),
+        Pass("fuse_rotary", fuse_rotary, exact=True),
         Pass("fuse_attention", fuse_attention(options), exact=False),
         Pass("pack_moe", pack_moe(options), exact=True),
         Pass("pack_linear", pack_linear(options), exact=False),

@@ -9,7 +9,7 @@ from torch import fx
 from torch._inductor.utils import is_cudagraph_unsafe_fx_node
 from torch._subclasses import FakeTensorMode
 
-from ktcompile.ops.moe import _anywhere
+from ktcompile.ops.moe import anywhere
 
 SPLIT = ("moe_submit", "moe_resident", "moe_wait")
 OPERATORS = (*SPLIT, "moe", "experts")
@@ -55,4 +55,4 @@ def test_a_layer_that_is_the_cpus_says_what_to_do():
     experts = random_layer().pack()
     x = torch.empty(3, HIDDEN, device="meta")  # not the CPU's, as far as the operator can see
     with pytest.raises(ValueError, match=r'hidden_states is on meta, .* options=\{"device": "cuda"\}'):
-        _anywhere(x, torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), experts)
+        anywhere(x, torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), experts)

@@ -45,9 +45,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _inner(name: str, mode: str | None) -> InnerCompiler:
+def _inner(name: str, mode: str | None) -> InnerCompiler | None:
     if name == "eager":
-        return lambda gm, example_inputs: gm.forward
+        return None
 
     def inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor import list_mode_options

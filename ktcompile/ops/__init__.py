@@ -5,7 +5,8 @@ from ktcompile.ops.attention import attention, paged_attention
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.linear import PackedLinear, linear, pack_linear
 from ktcompile.ops.moe import moe
-from ktcompile.ops.norm import rms_norm
+from ktcompile.ops.norm import add_rms_norm, rms_norm
+from ktcompile.ops.rotary import rotary
 from ktcompile.ops.self_check import SelfCheckError
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads, set_num_threads
@@ -17,6 +18,7 @@ __all__ = [
     "PackedLinear",
     "SelfCheckError",
     "attention",
+    "add_rms_norm",
     "get_num_threads",
     "linear",
     "moe",
@@ -24,5 +26,6 @@ __all__ = [
     "pack_linear",
     "paged_attention",
     "rms_norm",
+    "rotary",
     "set_num_threads",
 ]

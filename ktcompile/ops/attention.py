@@ -91,7 +91,7 @@ def paged_attention(
 
 
 @torch.library.impl(LIBRARY, "attention", "CPU")
-def _attention_cpu(
+def run(
     query_BHQD: Tensor,
     key_BJSD: Tensor,
     value_BJSV: Tensor,

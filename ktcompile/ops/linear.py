@@ -6,6 +6,7 @@ Shape suffixes: R rows, N out_features, K in_features.
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 
 import torch
@@ -102,16 +103,25 @@ def _linear_cpu(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> tor
     packed = _alive.get(int(handle))
     if packed is None:
         raise ValueError(f"no packed linear layer has the handle {int(handle)}; was it freed?")
-    if x.dim() == 0 or x.shape[-1] != packed.in_features:
+    return run(x, packed)
+
+
+def run(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Run the native kernels. As `linear`, which goes through torch's dispatcher."""
+    *leading, in_features = x.shape or (0,)
+    if in_features != packed.in_features:
         raise ValueError(f"x is {list(x.shape)}; its last dimension must be {packed.in_features}")
     dtype = native_dtype(x.dtype, "x")
-    x_RK = x.reshape(-1, packed.in_features)
-    if x_RK.stride(1) != 1:
-        x_RK = x_RK.contiguous()
-    out_RN = x.new_empty(x_RK.shape[0], packed.out_features)
-    places = (x_RK.data_ptr(), dtype, x_RK.stride(0), out_RN.data_ptr(), out_RN.stride(0))
-    native_threads().context().linear(packed.native, packed.isa, x_RK.shape[0], *places)
-    return out_RN.view(*x.shape[:-1], packed.out_features)
+    rows, stride = math.prod(leading), in_features
+    if not x.is_contiguous():
+        x = x.reshape(rows, in_features)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        stride = x.stride(0)
+    out = torch.empty(*leading, packed.out_features, dtype=x.dtype)
+    places = (x.data_ptr(), dtype, stride, out.data_ptr(), packed.out_features)
+    native_threads().context().linear(packed.native, packed.isa, rows, *places)
+    return out
 
 
 @torch.library.register_fake("kt::linear", lib=LIBRARY)  # type: ignore[untyped-decorator]

@@ -101,7 +101,7 @@ def _place(where: torch.device) -> str:
 
 
 def _moe(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: torch.Tensor) -> torch.Tensor:
-    return _anywhere(x, ids, weights, from_handle(handle))
+    return anywhere(x, ids, weights, from_handle(handle))
 
 
 def _experts(
@@ -115,11 +115,11 @@ def _experts(
     spec: str,
 ) -> torch.Tensor:
     plain = (gate_up_proj, down_proj, gate_up_bias, down_bias)
-    return _anywhere(x, ids, weights, expert_store().get(plain, ExpertsSpec.decode(spec)))
+    return anywhere(x, ids, weights, expert_store().get(plain, ExpertsSpec.decode(spec)))
 
 
-def _anywhere(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
-    """Run experts that may lie on two sides."""
+def anywhere(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: PackedExperts) -> torch.Tensor:
+    """Run experts that may lie on two sides, and tell who observes. As `moe`, which goes through torch's dispatcher."""
     if experts.split is None:
         if x.device != _CPU:
             raise ValueError(

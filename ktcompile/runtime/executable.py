@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.packed import PACKED, GivenInput, PackedInput
 from ktcompile.ops.experts import PackedExperts, from_handle
@@ -16,6 +17,7 @@ from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.spec import ExpertsSpec, LinearSpec
 from ktcompile.ops.store import Weights, expert_store, linear_store, storages_of
 from ktcompile.runtime.devices import Placer
+from ktcompile.runtime.direct import call_directly
 from ktcompile.runtime.take import take_weights
 
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -24,7 +26,8 @@ InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 class Executable:
     """Calls a compiled graph. Arguments that only served to pack weights stay outside of it.
 
-    experts: where the layers come from that `placer` places, in the order of the graph.
+    experts: where the layers come from that `placer` places, in the order of the graph. direct: `inner` takes packed
+    layers where others take their handles.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class Executable:
         packed: Sequence[PackedInput],
         experts: Sequence[PackedInput | GivenInput],
         placer: Placer | None,
+        direct: bool,
     ) -> None:
         self._inner = inner
+        self._direct = direct
         self._kept = tuple(kept)
         self._packed = [_Found(p) for p in packed]
         self._placer = placer
@@ -44,7 +49,7 @@ class Executable:
 
     def __call__(self, *args: Any) -> Any:
         layers = [found.layer(args) for found in self._packed]
-        given = [*(args[i] for i in self._kept), *(layer.handle for layer in layers)]
+        given = [*(args[i] for i in self._kept), *(layers if self._direct else [layer.handle for layer in layers])]
         if self._placer is None or not self._experts:
             return self._inner(*given)
         experts: list[Any] = [layers[e.place] if isinstance(e, _Made) else from_handle(args[e]) for e in self._experts]
@@ -101,18 +106,22 @@ def build(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     take: bool,
-    compile_inner: InnerCompiler,
+    compile_inner: InnerCompiler | None,
     placer: Placer | None = None,
 ) -> Callable[..., Any]:
     """Return `gm` compiled by `compile_inner`, to be called with the inputs of the original graph.
 
-    take: free the weights' source storage after packing. placer: None where there is no device.
+    take: free the weights' source storage after packing. compile_inner: None has `gm` run as it is. placer: None where
+    there is no device.
     """
+    direct = compile_inner is None and placer is None and not needs_gradients(example_inputs)
+    if direct:
+        call_directly(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
     experts = _experts(gm, placeholders)
     if not packed and (placer is None or not experts):
-        return compile_inner(gm, list(example_inputs))
+        return compile_inner(gm, list(example_inputs)) if compile_inner else gm.forward
     replaced = {i for p in packed for i in p.positions if i is not None and not placeholders[i].users}
     owners = ParameterOwners()
     layers = []
@@ -130,8 +139,9 @@ def build(
         gm.graph.erase_node(placeholders[i])
     kept = [i for i in range(len(example_inputs)) if i not in replaced]
     gm.recompile()
-    inner = compile_inner(gm, [*(example_inputs[i] for i in kept), *(layer.handle for layer in layers)])
-    return Executable(inner, kept, packed, experts, placer)
+    given = [*(example_inputs[i] for i in kept), *(layer.handle for layer in layers)]
+    inner = compile_inner(gm, given) if compile_inner else gm.forward
+    return Executable(inner, kept, packed, experts, placer, direct)
 
 
 def _experts(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> list[PackedInput | GivenInput]:

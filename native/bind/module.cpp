@@ -89,6 +89,14 @@ struct packed_linear {
 // (address, stride of groups, stride of rows)
 using rows_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t>;
 
+// (address or 0, type, offset, epsilon, round_first)
+using norm_weight = std::tuple<std::uintptr_t, kt::dtype, float, float, bool>;
+
+kt::norm_weight view(const norm_weight& w) {
+  const auto [values, type, offset, epsilon, round_first] = w;
+  return {address<void>(values), type, offset, epsilon, round_first};
+}
+
 using attention_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t>;
 
 kt::attention_strides strides_of(const attention_place& p) { return {std::get<1>(p), std::get<2>(p), std::get<3>(p)}; }
@@ -404,22 +412,42 @@ NB_MODULE(_native, m) {
       .def(
           "norm",
           [](kt::context& self, const std::string& isa, const std::tuple<std::size_t, std::size_t, std::size_t>& shape,
-             kt::dtype type, const rows_place& in, const rows_place& out, std::uintptr_t weight, kt::dtype weight_type,
-             float offset, float epsilon, bool round_first) {
+             kt::dtype type, const rows_place& in, const rows_place& out, const norm_weight& weight,
+             const std::tuple<std::uintptr_t, std::uintptr_t>& addition) {
             const auto [groups, rows, size] = shape;
             const auto [from, group_stride, row_stride] = in;
             const auto [to, out_group_stride, out_row_stride] = out;
+            const auto [addend, sum] = addition;
             const nb::gil_scoped_release nogil;
-            self.norm(
-                *isa_named(isa).kernels,
-                {address<void>(from), group_stride, row_stride, address<void>(to), out_group_stride, out_row_stride,
-                 rows, type, size, address<void>(weight), weight_type, offset, epsilon, round_first},
-                groups * rows);
+            self.norm(*isa_named(isa).kernels,
+                      {address<void>(from), group_stride, row_stride, address<void>(to), out_group_stride,
+                       out_row_stride, rows, type, size, view(weight), address<void>(addend), address<void>(sum)},
+                      groups * rows);
           },
-          "isa"_a, "shape"_a, "type"_a, "rows"_a, "out"_a, "weight"_a, "weight_type"_a, "offset"_a, "epsilon"_a,
-          "round_first"_a,
+          "isa"_a, "shape"_a, "type"_a, "rows"_a, "out"_a, "weight"_a, "addition"_a,
           "Root-mean-square normalisation. shape: (groups, rows of each, elements of a row). rows, out: (address, "
-          "stride of groups, of rows), in elements.")
+          "stride of groups, of rows), in elements. weight: (address, type, offset, epsilon, round_first). addition: "
+          "addresses of what is added first, lying as `rows`, and of where the sums go, lying as `out`, or zeros.")
+      .def(
+          "rotary",
+          [](kt::context& self, const std::string& isa,
+             const std::tuple<std::size_t, std::size_t, std::size_t, std::size_t, std::size_t>& shape, kt::dtype type,
+             const attention_place& heads, const attention_place& out, std::uintptr_t cos, std::uintptr_t sin,
+             const std::tuple<std::ptrdiff_t, std::ptrdiff_t>& angle_strides, const norm_weight& norm) {
+            const auto [sequences, positions, count, size, rotated] = shape;
+            const auto [from, a, b, c] = heads;
+            const auto [to, d, e, f] = out;
+            const auto [g, h] = angle_strides;
+            const nb::gil_scoped_release nogil;
+            self.rotary(*isa_named(isa).kernels,
+                        {address<void>(from), {a, b, c}, address<void>(to), {d, e, f}, positions, count, type, size,
+                         rotated, address<void>(cos), address<void>(sin), {g, h}, view(norm)},
+                        sequences * positions * count);
+          },
+          "isa"_a, "shape"_a, "type"_a, "heads"_a, "out"_a, "cos"_a, "sin"_a, "angle_strides"_a, "norm"_a,
+          "Rotary embedding. shape: (sequences, positions, heads, elements of a head, how many of them are rotated). "
+          "heads, out: (address, strides of sequence, position and head). cos, sin: addresses, of the type of heads. "
+          "angle_strides: of sequence and position. norm: as of `norm`, or address 0.")
       .def(
           "attention",
           [](kt::context& self, const std::string& isa, const std::tuple<int, int, int>& heads,

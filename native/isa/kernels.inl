@@ -5,6 +5,7 @@
 #include "../kernels/probe.inl"
 #include "../kernels/rows.inl"
 #include "../kernels/norm.inl"
+#include "../kernels/rotary.inl"
 #include "../kernels/transpose.inl"
 #include "../kernels/attention_pack.inl"
 #include "../kernels/attention.inl"
@@ -39,6 +40,7 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   t.accumulate = accumulate;
   t.store = store;
   t.norm = norm;
+  t.rotary = rotary;
   t.attention = attention;
   t.rows_in_bf16 = rows_in_bf16;
   t.read_bytes = read_bytes;

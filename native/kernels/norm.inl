@@ -25,6 +25,13 @@ inline vec::f32 load_padded(const void* base, dtype type, std::size_t i, std::si
   return load_as_f32(rest, type, 0);
 }
 
+inline void store_padded(void* base, dtype type, std::size_t i, std::size_t size, vec::f32 x) {
+  if (i + vec::lanes <= size) return store_rounded(base, type, i, x);
+  alignas(64) char rest[vec::lanes * 4];
+  store_rounded(rest, type, 0, x);
+  if (i < size) __builtin_memcpy(static_cast<char*>(base) + i * size_of(type), rest, (size - i) * size_of(type));
+}
+
 inline float sum_of_squares(const void* row, dtype type, std::size_t size) {
   constexpr int partial = 32, vectors = partial / vec::lanes;
   vec::f32 sums[vectors];
@@ -41,28 +48,32 @@ inline float sum_of_squares(const void* row, dtype type, std::size_t size) {
   return all[0];
 }
 
+inline void norm_row(const void* in, dtype type, std::size_t size, const norm_weight& weight, void* out) {
+  const float mean = sum_of_squares(in, type, size) / static_cast<float>(size);
+  const vec::f32 scale = vec::set1(1.0f / __builtin_sqrtf(mean + weight.epsilon)), offset = vec::set1(weight.offset);
+  for (std::size_t i = 0; i < size; i += vec::lanes) {
+    vec::f32 x = vec::mul(load_padded(in, type, i, size), scale);
+    if (weight.round_first) x = round_to(type, x);
+    x = vec::mul(vec::add(load_padded(weight.values, weight.type, i, size), offset), x);
+    store_padded(out, type, i, size, x);
+  }
+}
+
 void norm(const norm_job& job, std::size_t begin, std::size_t end) {
-  const std::size_t bytes = size_of(job.type);
-  const vec::f32 offset = vec::set1(job.offset);
+  const auto bytes = static_cast<std::ptrdiff_t>(size_of(job.type));
   for (std::size_t row = begin; row < end; ++row) {
     const auto g = static_cast<std::ptrdiff_t>(row / job.rows), r = static_cast<std::ptrdiff_t>(row % job.rows);
-    const char* in = static_cast<const char*>(job.in) +
-                     (g * job.group_stride + r * job.row_stride) * static_cast<std::ptrdiff_t>(bytes);
-    char* out = static_cast<char*>(job.out) +
-                (g * job.out_group_stride + r * job.out_row_stride) * static_cast<std::ptrdiff_t>(bytes);
-    const float mean = sum_of_squares(in, job.type, job.size) / static_cast<float>(job.size);
-    const vec::f32 scale = vec::set1(1.0f / __builtin_sqrtf(mean + job.epsilon));
-    for (std::size_t i = 0; i < job.size; i += vec::lanes) {
-      vec::f32 x = vec::mul(load_padded(in, job.type, i, job.size), scale);
-      if (job.round_first) x = round_to(job.type, x);
-      x = vec::mul(vec::add(load_padded(job.weight, job.weight_type, i, job.size), offset), x);
-      if (i + vec::lanes <= job.size) {
-        store_rounded(out, job.type, i, x);
-      } else {
-        alignas(64) char rest[vec::lanes * 4];
-        store_rounded(rest, job.type, 0, x);
-        __builtin_memcpy(out + i * bytes, rest, (job.size - i) * bytes);
-      }
+    const std::ptrdiff_t from = (g * job.group_stride + r * job.row_stride) * bytes;
+    const std::ptrdiff_t to = (g * job.out_group_stride + r * job.out_row_stride) * bytes;
+    const char* in = static_cast<const char*>(job.in) + from;
+    if (job.addend) {
+      char* sum = static_cast<char*>(job.sum) + to;
+      const char* addend = static_cast<const char*>(job.addend) + from;
+      for (std::size_t i = 0; i < job.size; i += vec::lanes)
+        store_padded(sum, job.type, i, job.size,
+                     vec::add(load_padded(in, job.type, i, job.size), load_padded(addend, job.type, i, job.size)));
+      in = sum;
     }
+    norm_row(in, job.type, job.size, job.weight, static_cast<char*>(job.out) + to);
   }
 }

@@ -134,6 +134,7 @@ constexpr kernel_table tile_table() {
   t.accumulate = accumulate;
   t.store = store;
   t.norm = norm;
+  t.rotary = rotary;
   t.attention = attention;
   t.rows_in_bf16 = true;
   t.tiles = true;

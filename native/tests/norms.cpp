@@ -64,7 +64,7 @@ void run_case(const norm_case& c, unsigned seed) {
       const auto stride = static_cast<std::ptrdiff_t>(row), groups = static_cast<std::ptrdiff_t>(group);
       threads(n).norm(*i->kernels,
                       {in.bytes.data(), groups, stride, out.bytes.data(), groups, stride, c.rows, c.type, c.size,
-                       weight.bytes.data(), c.weight_type, c.offset, 1e-6f, c.round_first},
+                       {weight.bytes.data(), c.weight_type, c.offset, 1e-6f, c.round_first}},
                       c.groups * c.rows);
       bool same = true;
       for (std::size_t g = 0; g < c.groups; ++g)

@@ -3,6 +3,7 @@
 #include <kt/attention.h>
 #include <kt/experts.h>
 #include <kt/norm.h>
+#include <kt/rotary.h>
 #include <kt/thread_pool.h>
 
 #include <cstdint>
@@ -103,6 +104,8 @@ class context {
 
   // Normalises rows, kt/norm.h.
   void norm(const kernel_table& kernels, const norm_job& job, std::size_t rows);
+  // Rotates heads, kt/rotary.h.
+  void rotary(const kernel_table& kernels, const rotary_job& job, std::size_t heads);
   // Softmax attention, kt/attention.h.
   void attention(const kernel_table& kernels, const attention_arguments& arguments);
 
@@ -112,6 +115,9 @@ class context {
   double arithmetic(const kernel_table& kernels, bool int8, double seconds);           // operations per second
 
  private:
+  template <class Job>
+  void each_row(void (*kernel)(const Job&, std::size_t, std::size_t), const Job& job, std::size_t rows);
+
   struct scratch;
   std::mutex turn_;
   std::vector<thread_place> places_;

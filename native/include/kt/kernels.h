@@ -14,6 +14,7 @@
 #include <kt/attention.h>
 #include <kt/layout.h>
 #include <kt/norm.h>
+#include <kt/rotary.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -127,6 +128,7 @@ struct kernel_table {
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
   norm_kernel norm;
+  rotary_kernel rotary;
   attention_kernels attention;
   bool rows_in_bf16;  // `rows` are bf16
   bool tiles;         // floats are summed in the order of AMX

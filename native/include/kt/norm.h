@@ -9,6 +9,14 @@
 
 namespace kt {
 
+struct norm_weight {
+  const void* values;
+  dtype type;
+  float offset;  // is added to each
+  float epsilon;
+  bool round_first;  // the normalised row is rounded to the type of rows before it is multiplied
+};
+
 // Row r of group g is at in + (g * group_stride + r * row_stride) elements; results likewise, with strides of their
 // own.
 struct norm_job {
@@ -19,11 +27,11 @@ struct norm_job {
   std::size_t rows;  // of a group
   dtype type;
   std::size_t size;  // of a row
-  const void* weight;
-  dtype weight_type;
-  float offset;  // is added to each weight
-  float epsilon;
-  bool round_first;  // the normalised row is rounded to `type` before it is multiplied
+  norm_weight weight;
+  // Not null: the rows of `addend`, which lie as those of `in`, are added first, and the sums, rounded to `type`, are
+  // written to `sum`, which lies as `out`.
+  const void* addend = nullptr;
+  void* sum = nullptr;
 };
 
 using norm_kernel = void (*)(const norm_job&, std::size_t begin, std::size_t end);  // rows, counted over all groups
