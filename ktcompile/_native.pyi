@@ -1,6 +1,6 @@
 """Native kernels of ktcompile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 
 
@@ -226,4 +226,98 @@ class Context:
     def arithmetic(self, isa: str, int8: bool, seconds: float) -> float:
         """
         Operations per second of the products that the kernels use, of floats or of int8, in `seconds`.
+        """
+
+class Element(enum.Enum):
+    f32 = 0
+
+    f16 = 1
+
+    bf16 = 2
+
+    i64 = 3
+
+    boolean = 4
+
+class ElementOp(enum.Enum):
+    copy = 0
+
+    add = 1
+
+    sub = 2
+
+    mul = 3
+
+    div = 4
+
+    silu = 5
+
+    sigmoid = 6
+
+    gelu_tanh = 7
+
+    gelu_erf = 8
+
+class Opcode(enum.Enum):
+    reshape = 0
+
+    transpose = 1
+
+    unsqueeze = 2
+
+    squeeze = 3
+
+    select = 4
+
+    slice = 5
+
+    expand = 6
+
+    contiguous = 7
+
+    linear = 8
+
+    moe = 9
+
+    norm = 10
+
+    add_norm = 11
+
+    rotary = 12
+
+    attention = 13
+
+    elementwise = 14
+
+    softmax = 15
+
+    top_k = 16
+
+    row_sum = 17
+
+    concat = 18
+
+    index_copy = 19
+
+class Program:
+    """Operations that run without Python, native/include/kt/program.h."""
+
+    def __init__(self, arguments: Sequence[Element]) -> None: ...
+
+    def add(self, op: Opcode, arrays: Sequence[int], outs: int, whole: Sequence[tuple[int, int]], real: Sequence[tuple[float, int]], packed: int) -> int:
+        """
+        Return the first of the numbers of the arrays that it gives. Numbers are (value, -1) or (0, which argument).
+        """
+
+    def finish(self, results: Sequence[int]) -> None: ...
+
+    def set_linear(self, packed: int, weight: Linear, isa: str) -> None:
+        """The weight must outlive calls that follow."""
+
+    def set_experts(self, packed: int, experts: Experts, isa: str) -> None:
+        """The experts must outlive calls that follow."""
+
+    def run(self, context: Context, isa: str, arguments: Sequence[tuple[int, Sequence[int], Sequence[int]]], whole: Sequence[int], real: Sequence[float], allocate: Callable) -> list[tuple[int, int, list[int], list[int]]]:
+        """
+        Return (where, offset, shape, strides) of each result; where: which of what `allocate(type, shape)` gave, or -1 - the number of an argument.
         """

@@ -24,6 +24,10 @@ class Observers:
         self._all: tuple[Observer, ...] = ()
         self._lock = threading.Lock()
 
+    @property
+    def active(self) -> bool:
+        return bool(self._all)
+
     def __call__(self, experts: PackedExperts, ids_TK: torch.Tensor) -> None:
         """Tell them of one call."""
         if self._all:  # most of the time there is none, and each call of each layer comes here

@@ -18,6 +18,7 @@ from ktcompile.ops.spec import ExpertsSpec, LinearSpec
 from ktcompile.ops.store import Weights, expert_store, linear_store, storages_of
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.direct import call_directly
+from ktcompile.runtime.program import with_programs
 from ktcompile.runtime.take import take_weights
 
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -115,13 +116,11 @@ def build(
     there is no device.
     """
     direct = compile_inner is None and placer is None and not needs_gradients(example_inputs)
-    if direct:
-        call_directly(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
     experts = _experts(gm, placeholders)
     if not packed and (placer is None or not experts):
-        return compile_inner(gm, list(example_inputs)) if compile_inner else gm.forward
+        return compile_inner(gm, list(example_inputs)) if compile_inner else _as_it_is(gm, direct)
     replaced = {i for p in packed for i in p.positions if i is not None and not placeholders[i].users}
     owners = ParameterOwners()
     layers = []
@@ -140,8 +139,16 @@ def build(
     kept = [i for i in range(len(example_inputs)) if i not in replaced]
     gm.recompile()
     given = [*(example_inputs[i] for i in kept), *(layer.handle for layer in layers)]
-    inner = compile_inner(gm, given) if compile_inner else gm.forward
+    inner = compile_inner(gm, given) if compile_inner else _as_it_is(gm, direct)
     return Executable(inner, kept, packed, experts, placer, direct)
+
+
+def _as_it_is(gm: fx.GraphModule, direct: bool) -> Callable[..., Any]:
+    """Return what runs a graph without compiling what is left of it."""
+    if direct:
+        gm = with_programs(gm)
+        call_directly(gm)
+    return gm.forward
 
 
 def _experts(gm: fx.GraphModule, placeholders: Sequence[fx.Node]) -> list[PackedInput | GivenInput]:

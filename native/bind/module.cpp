@@ -1,4 +1,4 @@
-// The Python module ktcompile._native. Tensors cross as addresses, which Python has validated.
+// The Python module ktcompile._native.
 #include <kt/context.h>
 #include <kt/experts.h>
 #include <kt/isa.h>
@@ -10,22 +10,12 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
+#include "bind.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
-
-template <class T>
-T* address(std::uintptr_t a) {
-  return reinterpret_cast<T*>(a);
-}
-
-const kt::isa& isa_named(const std::string& name) {
-  if (const kt::isa* i = kt::find_isa(name)) return *i;
-  throw std::invalid_argument("this build has no kernels for ISA '" + name + "'");
-}
 
 std::vector<std::string> features_to_names(kt::feature_set features) {
   std::vector<std::string> names;
@@ -77,15 +67,6 @@ std::vector<kt::thread_place> places(int threads, const kt::topology& topology) 
 }
 
 // A weight of a linear layer.
-struct packed_linear {
-  std::size_t features, k;
-  kt::packed_weight weight;
-  packed_linear(const kt::weight_format& format, std::size_t n, std::size_t in)
-      : features(n),
-        k(in),
-        weight(format, 1, (n + kt::panel_columns - 1) / kt::panel_columns, 0, in, kt::column_map::plain(0, n), -1) {}
-};
-
 // (address, stride of groups, stride of rows)
 using rows_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t>;
 
@@ -500,4 +481,5 @@ NB_MODULE(_native, m) {
           },
           "isa"_a, "int8"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
           "Operations per second of the products that the kernels use, of floats or of int8, in `seconds`.");
+  bind_program(m);
 }

@@ -6,6 +6,7 @@
 #include "../kernels/rows.inl"
 #include "../kernels/norm.inl"
 #include "../kernels/rotary.inl"
+#include "../kernels/elementwise.inl"
 #include "../kernels/transpose.inl"
 #include "../kernels/attention_pack.inl"
 #include "../kernels/attention.inl"
@@ -41,6 +42,8 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   t.store = store;
   t.norm = norm;
   t.rotary = rotary;
+  t.elementwise = elementwise;
+  t.softmax = softmax;
   t.attention = attention;
   t.rows_in_bf16 = rows_in_bf16;
   t.read_bytes = read_bytes;

@@ -135,6 +135,8 @@ constexpr kernel_table tile_table() {
   t.store = store;
   t.norm = norm;
   t.rotary = rotary;
+  t.elementwise = elementwise;
+  t.softmax = softmax;
   t.attention = attention;
   t.rows_in_bf16 = true;
   t.tiles = true;

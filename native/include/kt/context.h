@@ -7,6 +7,7 @@
 #include <kt/thread_pool.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -102,6 +103,8 @@ class context {
   // out[r] = weight * in[r] + bias. `weight` is of one expert.
   void linear(const packed_weight& weight, const kernel_table& kernels, const linear_arguments& arguments);
 
+  // Work on [0, rows) in parts, on several threads where there are enough elements. Denormals are zero meanwhile.
+  void each_row(std::size_t rows, std::size_t elements, const std::function<void(std::size_t, std::size_t)>& part);
   // Normalises rows, kt/norm.h.
   void norm(const kernel_table& kernels, const norm_job& job, std::size_t rows);
   // Rotates heads, kt/rotary.h.
@@ -115,9 +118,6 @@ class context {
   double arithmetic(const kernel_table& kernels, bool int8, double seconds);           // operations per second
 
  private:
-  template <class Job>
-  void each_row(void (*kernel)(const Job&, std::size_t, std::size_t), const Job& job, std::size_t rows);
-
   struct scratch;
   std::mutex turn_;
   std::vector<thread_place> places_;

@@ -12,6 +12,7 @@
 // ascending; formats with a scale for each column multiply by it at the end. int8_dyn sums integers.
 #pragma once
 #include <kt/attention.h>
+#include <kt/elementwise.h>
 #include <kt/layout.h>
 #include <kt/norm.h>
 #include <kt/rotary.h>
@@ -129,6 +130,8 @@ struct kernel_table {
   void (*store)(const store_job&);
   norm_kernel norm;
   rotary_kernel rotary;
+  elementwise_kernel elementwise;
+  softmax_kernel softmax;
   attention_kernels attention;
   bool rows_in_bf16;  // `rows` are bf16
   bool tiles;         // floats are summed in the order of AMX

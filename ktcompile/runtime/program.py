@@ -1,0 +1,216 @@
+"""Runs the parts of a graph that the kernels have, each by one call.
+
+Between two kernels of one token that read their weights from memory, nothing of Python is left in the caches, and an
+operation costs tens of microseconds for its kernel's few. So nodes that have a step in `_native.Program` are gathered
+in as few parts as their order allows, and a part is one call, whose steps run without Python.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ktcompile import _native
+from ktcompile.log import logger
+from ktcompile.machine import machine
+from ktcompile.ops.experts import PackedExperts, from_handle
+from ktcompile.ops.linear import PackedLinear
+from ktcompile.ops.observer import observe
+from ktcompile.ops.threads import native_threads
+from ktcompile.runtime.direct import call_directly
+from ktcompile.runtime.program_steps import ELEMENTS, Builder, Unsupported, changes_memory
+
+_DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
+# Fewer are not worth a call of their own.
+_FEWEST_STEPS = 3
+_numbers = itertools.count()
+
+
+def with_programs(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a graph with the nodes of `gm` of which those that have steps are calls of parts."""
+    stages = _stages(gm.graph)
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    parts: dict[str, Any] = {}
+    nodes = list(gm.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder":
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    (output,) = (n for n in nodes if n.op == "output")
+    for number in sorted({s for s in stages.values() if s is not None}):
+        inside = [n for n in nodes if stages.get(n) == number]
+        if number % 2 and len(inside) >= _FEWEST_STEPS and (part := _part(inside)) is not None:
+            _call(graph, part, values)
+            continue
+        for node in inside:
+            values[node] = graph.node_copy(node, lambda n: values[n])
+    graph.output(fx.map_arg(output.args[0], lambda n: values[n]))
+    return fx.GraphModule(gm, graph)
+
+
+def _stages(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return when each node runs: with those of odd numbers run parts of the kernels, with those of even ones others.
+
+    A node is never before what it reads, nor on another side of a node that changes what it reads.
+    """
+    stages: dict[fx.Node, int] = {}
+    supported: set[fx.Node] = set()
+    last_change: dict[fx.Node, int] = {}  # by the node whose memory it is
+    last_read: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        least = max((stages.get(n, 0) for n in node.all_input_nodes), default=0)
+        roots = {_root(n) for n in node.all_input_nodes}
+        least = max([least, *(last_change.get(r, 0) for r in roots)])
+        changed = _root(node.all_input_nodes[0]) if changes_memory(node) and node.all_input_nodes else None
+        if changed is not None:
+            least = max(least, last_read.get(changed, 0))
+        native = _is_supported(node, supported)
+        if native:
+            supported.add(node)
+        stages[node] = least if least % 2 == native else least + 1
+        for root in roots:
+            last_read[root] = max(last_read.get(root, 0), stages[node])
+        if changed is not None:
+            last_change[changed] = stages[node]
+    return stages
+
+
+def _is_supported(node: fx.Node, supported: set[fx.Node]) -> bool:
+    builder = Builder(supported)
+    try:
+        builder.add(node)
+    except Unsupported:
+        return False
+    return True
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Return the node whose memory a node may be a view of."""
+    while node.op in ("call_method", "call_function") and node.all_input_nodes and _may_be_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    return node.op == "call_method" or "getitem" in str(node.target) or "split" in str(node.target)
+
+
+class Part:
+    """Nodes that run as one program. inputs: the nodes that it is called with. outputs: those that it returns."""
+
+    def __init__(self, nodes: Sequence[fx.Node], builder: Builder) -> None:
+        inside = set(nodes)
+        self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+        if any(n not in builder.arrays for n in self.outputs):
+            raise Unsupported("several values that leave it as one")
+        self.inputs = builder.inputs
+        self._tensors = [i for i, n in enumerate(self.inputs) if n in builder.tensor_inputs]
+        self._whole = [self.inputs.index(n) for n in builder.whole_inputs]
+        self._real = [self.inputs.index(n) for n in builder.real_inputs]
+        self._packed = [self.inputs.index(n) for n in builder.packed_inputs]
+        self._program = builder.build(self.outputs)
+        self._bound: list[Callable[[], Any]] = []
+        self._plain = _plain(nodes, self.inputs, self.outputs)
+        self._isa = machine().isa
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        layers = [_layer(args[i]) for i in self._packed]
+        if not self._bind(layers):
+            result: tuple[Tensor, ...] = self._plain(*args)
+            return result
+        tensors = [args[i] for i in self._tensors]
+        made: list[Tensor] = []
+
+        def allocate(element: _native.Element, shape: list[int]) -> int:
+            made.append(torch.empty(shape, dtype=_DTYPES[element]))
+            return made[-1].data_ptr()
+
+        found = self._program.run(
+            native_threads().context(),
+            self._isa,
+            [(t.data_ptr(), t.shape, t.stride()) for t in tensors],  # type: ignore[misc]
+            [args[i] for i in self._whole],
+            [args[i] for i in self._real],
+            allocate,
+        )
+        return tuple(_view(made, tensors, *place) for place in found)
+
+    def _bind(self, layers: list[Any]) -> bool:
+        """Give the program its weights; return whether it can run: nobody has to see what experts are asked for."""
+        if observe.active:
+            return False
+        if len(self._bound) != len(layers) or any(
+            seen() is not layer for seen, layer in zip(self._bound, layers, strict=True)
+        ):
+            for layer in layers:
+                if isinstance(layer, PackedExperts) and (layer.split is not None or layer.first_call is not None):
+                    return False
+            for i, layer in enumerate(layers):
+                set_layer = self._program.set_linear if isinstance(layer, PackedLinear) else self._program.set_experts
+                set_layer(i, layer.native, layer.isa)  # type: ignore[arg-type]
+            self._bound = [weakref.ref(layer) for layer in layers]
+        return True
+
+
+def _layer(given: PackedExperts | PackedLinear | Tensor) -> PackedExperts | PackedLinear:
+    """Return a packed layer; a model that holds it packed gives its handle."""
+    return from_handle(given) if isinstance(given, Tensor) else given
+
+
+def _view(
+    made: list[Tensor], tensors: list[Tensor], where: int, offset: int, shape: list[int], strides: list[int]
+) -> Tensor:
+    if where < 0:
+        base = tensors[-1 - where]
+        return base.as_strided(shape, strides, base.storage_offset() + offset)
+    base = made[where]
+    if offset == 0 and list(base.shape) == shape and list(base.stride()) == strides:
+        return base
+    return base.as_strided(shape, strides, offset)
+
+
+def _part(nodes: Sequence[fx.Node]) -> Part | None:
+    builder = Builder(set(nodes))
+    for node in nodes:
+        builder.add(node)
+    try:
+        return Part(nodes, builder)
+    except Unsupported as error:
+        logger.debug("a part of a graph runs operation by operation: %s", error)
+        return None
+
+
+def _plain(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Callable[..., Any]:
+    """Return what runs the nodes one after the other."""
+    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in inputs:
+        values[node] = graph.placeholder(node.name)
+    for node in nodes:
+        values[node] = graph.node_copy(node, lambda n: values[n])
+    graph.output(tuple(values[n] for n in outputs))
+    plain = fx.GraphModule(torch.nn.Module(), graph)
+    call_directly(plain)
+    return plain.forward
+
+
+def _call(graph: fx.Graph, part: Part, values: dict[fx.Node, fx.Node]) -> None:
+    """Add the call of a part to a graph."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return part(*args)
+
+    run.__name__ = run.__qualname__ = f"part_{next(_numbers)}"  # a name that the graph's own code can have
+    results = graph.call_function(run, tuple(values[n] for n in part.inputs))
+    for i, node in enumerate(part.outputs):
+        values[node] = graph.call_function(_getitem, (results, i))
+
+
+def _getitem(values: Sequence[Any], i: int) -> Any:
+    return values[i]
