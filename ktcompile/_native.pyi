@@ -317,7 +317,7 @@ class Program:
     def set_experts(self, packed: int, experts: Experts, isa: str) -> None:
         """The experts must outlive calls that follow."""
 
-    def run(self, context: Context, isa: str, arguments: Sequence[tuple[int, Sequence[int], Sequence[int]]], whole: Sequence[int], real: Sequence[float], allocate: Callable) -> list[tuple[int, int, list[int], list[int]]]:
+    def run(self, context: Context, isa: str, arguments: Sequence[tuple[int, Sequence[int], Sequence[int]]], whole: Sequence[int], real: Sequence[float], allocate: Callable[[Element, Sequence[int]], int]) -> list[tuple[int, int, list[int], list[int]]]:
         """
         Return (where, offset, shape, strides) of each result; where: which of what `allocate(type, shape)` gave, or -1 - the number of an argument.
         """

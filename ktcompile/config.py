@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 WEIGHTS = ("copy", "take")
-INNER = ("inductor", "eager")
+INNER = ("auto", "program", "inductor", "eager")
 DEVICES = ("none", "stand-in", "cuda")
 PLACEMENTS = ("adaptive", "uniform", "front", "random", "frequency", "counts")
 NEED_PROFILE = ("frequency", "counts")
@@ -91,7 +91,9 @@ class CompileOptions(DeviceOptions):
     weight_format: "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
     weights: "copy" leaves the model as it is; "take" frees the source storage of what is packed,
     after which only the compiled model can be called.
-    inner: who runs the rest of the graph, "inductor" or "eager".
+    inner: who runs the graph. "program": kernels, and what stands between them, without Python, what is left operation
+    by operation; "inductor": what is left is compiled by Inductor; "eager": all operation by operation; "auto":
+    "program" on the CPU alone, "inductor" with a device or for gradients.
     isa: instruction set of the kernels; None: the best of this machine.
     disable_passes: names of passes to leave out.
     dump_graphs: directory for the graph before and after each pass; None: none are written.
@@ -99,7 +101,7 @@ class CompileOptions(DeviceOptions):
 
     weight_format: str = "auto"
     weights: str = "copy"
-    inner: str = "inductor"
+    inner: str = "auto"
     isa: str | None = None
     disable_passes: tuple[str, ...] = ()
     dump_graphs: Path | None = None

@@ -26,8 +26,8 @@ def _is_sum(node: object) -> bool:
     """Return whether `node` is the sum of two tensors like itself, and has no norm yet."""
     if not isinstance(node, fx.Node) or node.target not in _ADD or len(node.args) != 2 or node.kwargs:
         return False
-    values = [value_of(n) if isinstance(n, fx.Node) else None for n in (node, *node.args)]
-    if not all(isinstance(v, torch.Tensor) for v in values):
+    values = [value_of(n) for n in (node, *node.args) if isinstance(n, fx.Node)]
+    if len(values) != 3 or not all(isinstance(v, torch.Tensor) for v in values):
         return False
     whole, *parts = values
     alike = all(p.shape == whole.shape and p.dtype == whole.dtype and p.device == whole.device for p in parts)

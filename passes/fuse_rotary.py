@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -89,9 +89,10 @@ def _whole(rotation: _Rotation) -> _Rotation:
         return rotation
     for whole in rotation.x.all_input_nodes + parts[1].all_input_nodes:
         size = _last_size(whole)
-        if size is not None and _is_part(rotation.x, whole, 0, rotated, size):
-            if _is_part(parts[1], whole, rotated, size, size):
-                return rotation._replace(result=joined[0], x=whole)
+        if size is None or not _is_part(rotation.x, whole, 0, rotated, size):
+            continue
+        if _is_part(parts[1], whole, rotated, size, size):
+            return rotation._replace(result=joined[0], x=whole)
     return rotation
 
 
@@ -153,7 +154,7 @@ def _replace(gm: fx.GraphModule, rotation: _Rotation) -> None:
     rotation.result.replace_all_uses_with(new)
 
 
-def _before_norm(gm: fx.GraphModule, rotation: _Rotation) -> tuple[fx.Node, tuple[object, ...]]:
+def _before_norm(gm: fx.GraphModule, rotation: _Rotation) -> tuple[fx.Node, tuple[Any, ...]]:
     """Return the heads as they are before a norm of which nothing else is used, and the norm's arguments."""
     x = rotation.x
     norm = x.args[0] if x.target == "transpose" and x.args[1:] in ((1, 2), (2, 1)) else x

@@ -21,6 +21,7 @@ from ktcompile.ops.store import expert_store
 from ktcompile.quant import FORMATS
 
 EAGER = {"inner": "eager"}
+ALL_PASSES = ("fuse_moe", "fuse_norm", "fuse_add_norm", "fuse_rotary", "fuse_attention", "pack_moe", "pack_linear")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens, use_cache=False).logits
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["program", "eager", "inductor"])
 def test_logits_equal_the_stock_model(inner: str) -> None:
     model = make_model()
     compiled = torch.compile(model, backend="kt", fullgraph=True, options={"inner": inner})
@@ -75,6 +76,8 @@ def test_logits_equal_the_stock_model(inner: str) -> None:
     assert [(p.name, p.matches) for p in only.passes] == [
         ("fuse_moe", 2),
         ("fuse_norm", 9),
+        ("fuse_add_norm", 4),
+        ("fuse_rotary", 4),
         ("fuse_attention", 2),
         ("pack_moe", 2),
         ("pack_linear", 11),
@@ -300,7 +303,7 @@ def test_graphs_are_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KTCOMPILE_DUMP_GRAPHS", str(tmp_path / "graphs"))
     logits(torch.compile(make_model(), backend="kt", options=EAGER), ids(9))
     texts = {p.stem.split("_", 2)[2]: p.read_text() for p in (tmp_path / "graphs").iterdir()}
-    assert set(texts) == {"input", "fuse_moe", "fuse_norm", "pack_moe", "pack_linear", "fuse_attention"}
+    assert set(texts) == {"input", *ALL_PASSES}
     assert "torch.ops.kt.experts" in texts["fuse_moe"] and "torch.ops.kt.moe" in texts["pack_moe"]
     assert "torch.ops.kt" not in texts["input"]
 

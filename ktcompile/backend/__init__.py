@@ -9,6 +9,7 @@ from torch import fx
 
 from ktcompile.config import CompileOptions
 from ktcompile.graph import report
+from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.pipeline import run_passes
 from ktcompile.passes import passes_for
 from ktcompile.runtime.executable import InnerCompiler, build
@@ -22,16 +23,19 @@ def kt(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph: its MoE layers run on ktcompile's kernels, the rest on Inductor.
+    """Compile a Dynamo graph: what ktcompile has kernels for runs on them, the rest as the option `inner` says.
 
-    mode: a mode of Inductor, for the rest. options: the fields of `ktcompile.config.CompileOptions`.
+    mode: a mode of Inductor, which then runs the rest. options: the fields of `ktcompile.config.CompileOptions`.
     ValueError: an option is unknown or cannot be used on this machine.
     """
     settings = CompileOptions.from_mapping(options)
     placer = placer_for(settings)
-    result = report.CompileReport(inner=settings.inner)
+    inner = settings.inner
+    if inner == "auto":
+        inner = "inductor" if mode or placer is not None or needs_gradients(example_inputs) else "program"
+    result = report.CompileReport(inner=inner)
     gm = run_passes(_copy(gm), example_inputs, passes_for(settings), result, settings.dump_graphs)
-    compiled = build(gm, example_inputs, settings.weights == "take", _inner(settings.inner, mode), placer)
+    compiled = build(gm, example_inputs, settings.weights == "take", _inner(inner, mode), placer)
     report.record(result)
     return compiled
 
@@ -45,9 +49,9 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
-def _inner(name: str, mode: str | None) -> InnerCompiler | None:
-    if name == "eager":
-        return None
+def _inner(name: str, mode: str | None) -> InnerCompiler | str:
+    if name != "inductor":
+        return name
 
     def inductor(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor import list_mode_options

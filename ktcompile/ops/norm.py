@@ -24,9 +24,7 @@ for _schema in (
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, round_first: bool = False
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, offset: float = 0.0, round_first: bool = False) -> Tensor:
     """Return x / sqrt(mean(x^2) + epsilon) * (weight + offset), over the last dimension, in the dtype of `x`.
 
     x: [..., H], fp32, fp16 or bf16. weight: [H], of any of these. All is computed in fp32; round_first: the normalised
@@ -94,9 +92,7 @@ def run_add(
     return total, out
 
 
-def norm_place(
-    x: Tensor, weight: Tensor, epsilon: float, offset: float, round_first: bool
-) -> tuple[NormPlace, Tensor]:
+def norm_place(x: Tensor, weight: Tensor, epsilon: float, offset: float, round_first: bool) -> tuple[NormPlace, Tensor]:
     """Return what kernels are told of a norm of `x`, and the weight, whose address is in it.
 
     ValueError: a shape or dtype cannot be used.

@@ -36,8 +36,8 @@ def rotary(
     """Return x * cos + rotated(x) * sin, [B, H, S, D] in the dtype of `x`; memory lies as [B, S, H, D].
 
     x: [B, H, S, D], fp32, fp16 or bf16. cos, sin: [B or 1, S, R] of that dtype, R even, at most D; rotated(x) is
-    (-x2, x1) of the halves x1 and x2 of the first R elements, and the others stay. norm_weight: [D]; where there is one,
-    heads are normalised first, as by `rms_norm` with `epsilon`, `offset` and `round_first`. Products and sums are
+    (-x2, x1) of the halves x1 and x2 of the first R elements, and the others stay. norm_weight: [D]; where there is
+    one, heads are normalised first, as by `rms_norm` with `epsilon`, `offset` and `round_first`. Products and sums are
     rounded one by one: the bits are those of the formula in torch. ValueError: a shape or dtype cannot be used.
     """
     result: Tensor = torch.ops.kt.rotary(x, cos, sin, norm_weight, epsilon, offset, round_first)

@@ -107,20 +107,21 @@ def build(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     take: bool,
-    compile_inner: InnerCompiler | None,
+    inner: InnerCompiler | str,
     placer: Placer | None = None,
 ) -> Callable[..., Any]:
-    """Return `gm` compiled by `compile_inner`, to be called with the inputs of the original graph.
+    """Return `gm`, to be called with the inputs of the original graph.
 
-    take: free the weights' source storage after packing. compile_inner: None has `gm` run as it is. placer: None where
+    take: free the weights' source storage after packing. inner: what compiles the graph that is left; "program":
+    nothing does, and what the kernels have runs as programs; "eager": all nodes run one by one. placer: None where
     there is no device.
     """
-    direct = compile_inner is None and placer is None and not needs_gradients(example_inputs)
+    direct = isinstance(inner, str) and placer is None and not needs_gradients(example_inputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     packed = [n.meta[PACKED] for n in placeholders if PACKED in n.meta]
     experts = _experts(gm, placeholders)
     if not packed and (placer is None or not experts):
-        return compile_inner(gm, list(example_inputs)) if compile_inner else _as_it_is(gm, direct)
+        return _run_by(inner, gm, list(example_inputs), direct)
     replaced = {i for p in packed for i in p.positions if i is not None and not placeholders[i].users}
     owners = ParameterOwners()
     layers = []
@@ -139,14 +140,17 @@ def build(
     kept = [i for i in range(len(example_inputs)) if i not in replaced]
     gm.recompile()
     given = [*(example_inputs[i] for i in kept), *(layer.handle for layer in layers)]
-    inner = compile_inner(gm, given) if compile_inner else _as_it_is(gm, direct)
-    return Executable(inner, kept, packed, experts, placer, direct)
+    return Executable(_run_by(inner, gm, given, direct), kept, packed, experts, placer, direct)
 
 
-def _as_it_is(gm: fx.GraphModule, direct: bool) -> Callable[..., Any]:
-    """Return what runs a graph without compiling what is left of it."""
+def _run_by(
+    inner: InnerCompiler | str, gm: fx.GraphModule, example_inputs: list[Any], direct: bool
+) -> Callable[..., Any]:
+    """Return what runs a graph. direct: kernels are called without torch's dispatcher."""
+    if not isinstance(inner, str):
+        return inner(gm, example_inputs)
     if direct:
-        gm = with_programs(gm)
+        gm = with_programs(gm) if inner == "program" else gm
         call_directly(gm)
     return gm.forward
 

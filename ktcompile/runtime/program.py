@@ -23,7 +23,7 @@ from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.observer import observe
 from ktcompile.ops.threads import native_threads
 from ktcompile.runtime.direct import call_directly
-from ktcompile.runtime.program_steps import ELEMENTS, Builder, Unsupported, changes_memory
+from ktcompile.runtime.program_steps import ELEMENTS, Builder, UnsupportedError, changes_memory
 
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 # Fewer are not worth a call of their own.
@@ -36,7 +36,6 @@ def with_programs(gm: fx.GraphModule) -> fx.GraphModule:
     stages = _stages(gm.graph)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
-    parts: dict[str, Any] = {}
     nodes = list(gm.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":
@@ -86,7 +85,7 @@ def _is_supported(node: fx.Node, supported: set[fx.Node]) -> bool:
     builder = Builder(supported)
     try:
         builder.add(node)
-    except Unsupported:
+    except UnsupportedError:
         return False
     return True
 
@@ -109,7 +108,7 @@ class Part:
         inside = set(nodes)
         self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         if any(n not in builder.arrays for n in self.outputs):
-            raise Unsupported("several values that leave it as one")
+            raise UnsupportedError("several values that leave it as one")
         self.inputs = builder.inputs
         self._tensors = [i for i, n in enumerate(self.inputs) if n in builder.tensor_inputs]
         self._whole = [self.inputs.index(n) for n in builder.whole_inputs]
@@ -135,7 +134,7 @@ class Part:
         found = self._program.run(
             native_threads().context(),
             self._isa,
-            [(t.data_ptr(), t.shape, t.stride()) for t in tensors],  # type: ignore[misc]
+            [(t.data_ptr(), t.shape, t.stride()) for t in tensors],
             [args[i] for i in self._whole],
             [args[i] for i in self._real],
             allocate,
@@ -154,7 +153,7 @@ class Part:
                     return False
             for i, layer in enumerate(layers):
                 set_layer = self._program.set_linear if isinstance(layer, PackedLinear) else self._program.set_experts
-                set_layer(i, layer.native, layer.isa)  # type: ignore[arg-type]
+                set_layer(i, layer.native, layer.isa)
             self._bound = [weakref.ref(layer) for layer in layers]
         return True
 
@@ -182,7 +181,7 @@ def _part(nodes: Sequence[fx.Node]) -> Part | None:
         builder.add(node)
     try:
         return Part(nodes, builder)
-    except Unsupported as error:
+    except UnsupportedError as error:
         logger.debug("a part of a graph runs operation by operation: %s", error)
         return None
 

@@ -29,7 +29,7 @@ Number: TypeAlias = tuple[int, int]
 Real: TypeAlias = tuple[float, int]
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """A node has no step."""
 
 
@@ -55,16 +55,16 @@ class Builder:
         return [*self.tensor_inputs, *self.whole_inputs, *self.real_inputs, *self.packed_inputs]
 
     def add(self, node: fx.Node) -> None:
-        """Add the steps of a node. Unsupported: it has none."""
+        """Add the steps of a node. UnsupportedError: it has none."""
         handler = _HANDLERS.get(node.target) if node.op in ("call_function", "call_method") else None
         if handler is None:
-            raise Unsupported(str(node.target))
+            raise UnsupportedError(str(node.target))
         handler(self, node)
 
     def build(self, outputs: Sequence[fx.Node]) -> _native.Program:
         """Return the program whose results are the arrays of `outputs`."""
         program = _native.Program([ELEMENTS[_value(n).dtype] for n in self.tensor_inputs])
-        numbers = {("in", i): i for i in range(len(self.tensor_inputs))}
+        numbers: dict[Any, int] = {("in", i): i for i in range(len(self.tensor_inputs))}
         for step, (op, arrays, outs, whole, real, packed) in enumerate(self._steps):
             first = program.add(op, [numbers[a] for a in arrays], outs, whole, real, packed)
             numbers.update({(step, i): first + i for i in range(outs)})
@@ -87,16 +87,16 @@ class Builder:
     def array(self, node: Any) -> Any:
         """Return what names the array of a node."""
         if not isinstance(node, fx.Node):
-            raise Unsupported("a tensor that is none")
+            raise UnsupportedError("a tensor that is none")
         if node in self.arrays:
             return self.arrays[node]
         value = _value(node)
         if node in self._nodes and not isinstance(value, Tensor) and node.op != "placeholder":
             return ("out", node)  # while it is only asked whether there is a step
         if not isinstance(value, Tensor) or value.dtype not in ELEMENTS or value.dim() > _MOST_DIMENSIONS:
-            raise Unsupported("a tensor of another kind")
+            raise UnsupportedError("a tensor of another kind")
         if value.device.type != "cpu" or value.layout is not torch.strided:
-            raise Unsupported("a tensor that is elsewhere")
+            raise UnsupportedError("a tensor that is elsewhere")
         self.arrays[node] = ("in", len(self.tensor_inputs))
         self.tensor_inputs.append(node)
         return self.arrays[node]
@@ -104,24 +104,24 @@ class Builder:
     def number(self, x: Any) -> Number:
         if isinstance(x, fx.Node):
             if not isinstance(_value(x), (int, torch.SymInt)) or isinstance(_value(x), bool):
-                raise Unsupported("a number that is none")
+                raise UnsupportedError("a number that is none")
             return 0, _place_in(self.whole_inputs, x)
         if not isinstance(x, int):
-            raise Unsupported("a number that is none")
+            raise UnsupportedError("a number that is none")
         return int(x), -1
 
     def real(self, x: Any) -> Real:
         if isinstance(x, fx.Node):
             if not isinstance(_value(x), (float, int, torch.SymFloat)):
-                raise Unsupported("a number that is none")
+                raise UnsupportedError("a number that is none")
             return 0.0, _place_in(self.real_inputs, x)
         if not isinstance(x, (int, float)):
-            raise Unsupported("a number that is none")
+            raise UnsupportedError("a number that is none")
         return float(x), -1
 
     def packed(self, node: Any) -> int:
         if not isinstance(node, fx.Node) or node.op != "placeholder":
-            raise Unsupported("packed weights that are computed")
+            raise UnsupportedError("packed weights that are computed")
         return _place_in(self.packed_inputs, node)
 
     def are(self, node: fx.Node, arrays: list[Any]) -> None:
@@ -147,7 +147,10 @@ def changes_memory(node: fx.Node) -> bool:
     if node.target in _FRESH_IN_PLACE:
         return not _is_fresh(node)
     return node.op == "call_function" and (
-        name in ("setitem", *_IN_PLACE) or name.endswith("_") or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+        name in ("setitem", *_IN_PLACE)
+        or name.endswith("_")
+        or "out" in node.kwargs
+        or bool(node.kwargs.get("inplace"))
     )
 
 
@@ -186,14 +189,14 @@ def _value(node: fx.Node) -> Any:
 def _tensor(node: Any) -> Tensor:
     value = _value(node) if isinstance(node, fx.Node) else None
     if not isinstance(value, Tensor):
-        raise Unsupported("a tensor that is none")
+        raise UnsupportedError("a tensor that is none")
     return value
 
 
 def _arguments(node: fx.Node, **defaults: Any) -> list[Any]:
     """Return the arguments of a node by the names of the parameters, in their order."""
     if len(node.args) > len(defaults) or any(name not in defaults for name in node.kwargs):
-        raise Unsupported(f"arguments of {node.target}")
+        raise UnsupportedError(f"arguments of {node.target}")
     given = dict(zip(defaults, node.args, strict=False)) | node.kwargs
     return [given.get(name, default) for name, default in defaults.items()]
 
@@ -207,10 +210,10 @@ _MISSING = inspect.Parameter.empty
 
 def _reshape(b: Builder, node: fx.Node) -> None:
     if node.kwargs:
-        raise Unsupported("keywords of a shape")
+        raise UnsupportedError("keywords of a shape")
     shape = _shape(node.args[1:])
     if any(isinstance(s, torch.dtype) for s in shape):
-        raise Unsupported("a view as another dtype")
+        raise UnsupportedError("a view as another dtype")
     b.are(node, b.step(Opcode.reshape, [b.array(node.args[0])], [b.number(s) for s in shape]))
 
 
@@ -218,12 +221,12 @@ def _flatten(b: Builder, node: fx.Node) -> None:
     x, start, end = _arguments(node, input=_MISSING, start_dim=0, end_dim=-1)
     dims = _tensor(x).dim()
     if not (isinstance(start, int) and isinstance(end, int)) or dims == 0:
-        raise Unsupported("dimensions that are not known")
+        raise UnsupportedError("dimensions that are not known")
     start, end = start % dims, end % dims
     shape = _tensor(x).shape
     whole = [s if isinstance(s, int) else None for s in (*shape[:start], -1, *shape[end + 1 :])]
     if None in whole:
-        raise Unsupported("sizes that are not known")
+        raise UnsupportedError("sizes that are not known")
     b.are(node, b.step(Opcode.reshape, [b.array(x)], [b.number(s) for s in whole]))
 
 
@@ -255,7 +258,7 @@ def _contiguous(b: Builder, node: fx.Node) -> None:
 def _split(b: Builder, node: fx.Node) -> None:
     x, sizes, d = _arguments(node, tensor=_MISSING, split_size_or_sections=_MISSING, dim=0)
     if not isinstance(sizes, (tuple, list)) or not all(isinstance(s, int) for s in sizes):
-        raise Unsupported("sizes that are not known")
+        raise UnsupportedError("sizes that are not known")
     array, at, parts = b.array(x), 0, []
     for size in sizes:
         parts += b.step(Opcode.slice, [array], [b.number(d), (at, -1), (at + size, -1)])
@@ -266,10 +269,10 @@ def _split(b: Builder, node: fx.Node) -> None:
 def _getitem(b: Builder, node: fx.Node) -> None:
     x, index = node.args
     if not isinstance(x, fx.Node):
-        raise Unsupported("an index of something else")
+        raise UnsupportedError("an index of something else")
     if isinstance(index, int) and not isinstance(_value(x), Tensor):
         if not b.is_inside(x):
-            raise Unsupported("one of several values")
+            raise UnsupportedError("one of several values")
         b.are(node, [b.one_of(x, index)])
         return
     items = index if isinstance(index, tuple) else (index,)
@@ -284,7 +287,7 @@ def _getitem(b: Builder, node: fx.Node) -> None:
             d += 1
         elif isinstance(item, slice):
             if item.step not in (None, 1):
-                raise Unsupported("a slice with steps")
+                raise UnsupportedError("a slice with steps")
             begin = b.number(0 if item.start is None else item.start)
             end = b.number(_END if item.stop is None else item.stop)
             if (item.start, item.stop) != (None, None):
@@ -293,7 +296,7 @@ def _getitem(b: Builder, node: fx.Node) -> None:
         elif isinstance(item, int) and not isinstance(item, bool):
             (array,) = b.step(Opcode.select, [array], [(d, -1), (item, -1)])
         else:
-            raise Unsupported("an index of another kind")
+            raise UnsupportedError("an index of another kind")
     b.are(node, [array])
 
 
@@ -305,7 +308,7 @@ def _linear(b: Builder, node: fx.Node) -> None:
 def _moe(b: Builder, node: fx.Node) -> None:
     x, ids, weights, handle = node.args
     if _tensor(ids).dtype is not torch.int64:
-        raise Unsupported("ids of another dtype")
+        raise UnsupportedError("ids of another dtype")
     arrays = [b.array(n) for n in (x, ids, weights)]
     b.are(node, b.step(Opcode.moe, arrays, packed=b.packed(handle)))
 
@@ -338,9 +341,9 @@ def _rotary(b: Builder, node: fx.Node) -> None:
 def _attention(b: Builder, node: fx.Node) -> None:
     query, key, value, mask, sinks, lengths, causal, first, window, scale, softcap, isa = node.args
     if lengths is not None or isa is not None or not isinstance(causal, bool):
-        raise Unsupported("attention with lengths")
+        raise UnsupportedError("attention with lengths")
     if sinks is not None and _tensor(sinks).dtype is not torch.float32:
-        raise Unsupported("sinks of another dtype")
+        raise UnsupportedError("sinks of another dtype")
     arrays = [b.array(n) for n in (query, key, value, mask, sinks) if n is not None]
     extra = (1 if mask is not None else 0) | (2 if sinks is not None else 0)
     whole = [(int(causal), -1), b.number(-1 if first is None else first), b.number(window or 0), (extra, -1)]
@@ -348,19 +351,21 @@ def _attention(b: Builder, node: fx.Node) -> None:
     b.are(node, b.step(Opcode.attention, arrays, whole, real))
 
 
-def _elementwise(b: Builder, node: fx.Node, op: ElementOp, inputs: Sequence[Any], dtype: torch.dtype | None = None) -> None:
+def _elementwise(
+    b: Builder, node: fx.Node, op: ElementOp, inputs: Sequence[Any], dtype: torch.dtype | None = None
+) -> None:
     """Add an operation on one tensor, or on two of one dtype of which the second has as many elements in a row, or
     one."""
     first = _tensor(inputs[0])
     result = dtype or first.dtype
     if any(_tensor(x).dtype not in _FLOATS for x in inputs) or result not in _FLOATS or first.dim() == 0:
-        raise Unsupported("elements of another dtype")
+        raise UnsupportedError("elements of another dtype")
     if len(inputs) == 2:
         second = _tensor(inputs[1])
         same = second.shape == first.shape
         single = first.dim() > 0 and second.shape == (*first.shape[:-1], 1)
         if second.dtype != first.dtype or not (same or single):
-            raise Unsupported("tensors that do not fit")
+            raise UnsupportedError("tensors that do not fit")
     whole = [(_ELEMENT_OPS.index(op), -1), (_ELEMENTS.index(ELEMENTS[result]), -1)]
     b.are(node, b.step(Opcode.elementwise, [b.array(x) for x in inputs], whole))
 
@@ -375,12 +380,11 @@ _ELEMENTS = list(ELEMENTS.values())
 def _binary(op: ElementOp) -> Callable[[Builder, fx.Node], None]:
     def add(b: Builder, node: fx.Node) -> None:
         if len(node.args) != 2 or node.kwargs:
-            raise Unsupported("an operation with more arguments")
+            raise UnsupportedError("an operation with more arguments")
         x, y = node.args
-        commutes = op in (ElementOp.add, ElementOp.mul)
-        if commutes and isinstance(x, fx.Node) and isinstance(y, fx.Node) and _tensor(y).numel() != _tensor(x).numel():
-            if _tensor(x).shape[-1:] == (1,):
-                x, y = y, x
+        # The second may be the smaller one.
+        if op in (ElementOp.add, ElementOp.mul) and _tensor(x).shape[-1:] == (1,) and _tensor(y).shape[-1:] != (1,):
+            x, y = y, x
         _elementwise(b, node, op, (x, y))
 
     return add
@@ -388,14 +392,14 @@ def _binary(op: ElementOp) -> Callable[[Builder, fx.Node], None]:
 
 def _fresh_in_place(b: Builder, node: fx.Node) -> None:
     if not _is_fresh(node):
-        raise Unsupported("a change of what others see")
+        raise UnsupportedError("a change of what others see")
     _elementwise(b, node, _FRESH_IN_PLACE[node.target], node.args)  # type: ignore[index]
 
 
 def _silu(b: Builder, node: fx.Node) -> None:
     x, inplace = _arguments(node, input=_MISSING, inplace=False)
     if inplace:
-        raise Unsupported("a change of what others see")
+        raise UnsupportedError("a change of what others see")
     _elementwise(b, node, ElementOp.silu, (x,))
 
 
@@ -412,7 +416,7 @@ def _to(b: Builder, node: fx.Node) -> None:
     """A change of dtype, among floats."""
     wanted = [*node.args[1:], *node.kwargs.values()]
     if set(node.kwargs) - {"dtype"} or len(wanted) != 1 or not isinstance(wanted[0], torch.dtype):
-        raise Unsupported("a move to somewhere else")
+        raise UnsupportedError("a move to somewhere else")
     _elementwise(b, node, ElementOp.copy, (node.args[0],), wanted[0])
 
 
@@ -428,7 +432,7 @@ def _softmax(b: Builder, node: fx.Node) -> None:
     x, d, _, dtype = _arguments(node, input=_MISSING, dim=None, _stacklevel=3, dtype=None)
     value = _tensor(x)
     if (dtype or value.dtype) is not torch.float32 or value.dtype not in _FLOATS or not _is_last(x, d):
-        raise Unsupported("a softmax of another kind")
+        raise UnsupportedError("a softmax of another kind")
     b.are(node, b.step(Opcode.softmax, [b.array(x)]))
 
 
@@ -436,38 +440,38 @@ def _torch_softmax(b: Builder, node: fx.Node) -> None:
     x, d, dtype = _arguments(node, input=_MISSING, dim=None, dtype=None)
     value = _tensor(x)
     if (dtype or value.dtype) is not torch.float32 or value.dtype not in _FLOATS or not _is_last(x, d):
-        raise Unsupported("a softmax of another kind")
+        raise UnsupportedError("a softmax of another kind")
     b.are(node, b.step(Opcode.softmax, [b.array(x)]))
 
 
 def _topk(b: Builder, node: fx.Node) -> None:
     x, k, d, largest, _ = _arguments(node, input=_MISSING, k=_MISSING, dim=-1, largest=True, sorted=True)
     if _tensor(x).dtype is not torch.float32 or not _is_last(x, d) or largest is not True:
-        raise Unsupported("a topk of another kind")
+        raise UnsupportedError("a topk of another kind")
     b.are(node, b.step(Opcode.top_k, [b.array(x)], [b.number(k)], outs=2))
 
 
 def _sum(b: Builder, node: fx.Node) -> None:
     x, d, keepdim = _arguments(node, input=_MISSING, dim=None, keepdim=False)
     if _tensor(x).dtype is not torch.float32 or not _is_last(x, d) or keepdim is not True:
-        raise Unsupported("a sum of another kind")
+        raise UnsupportedError("a sum of another kind")
     b.are(node, b.step(Opcode.row_sum, [b.array(x)]))
 
 
 def _cat(b: Builder, node: fx.Node) -> None:
     parts, d = _arguments(node, tensors=_MISSING, dim=0)
     if not isinstance(parts, (tuple, list)) or not parts:
-        raise Unsupported("tensors that are not listed")
+        raise UnsupportedError("tensors that are not listed")
     values = [_tensor(p) for p in parts]
     if any(v.dtype != values[0].dtype or v.dim() != values[0].dim() for v in values):
-        raise Unsupported("tensors that differ")
+        raise UnsupportedError("tensors that differ")
     b.are(node, b.step(Opcode.concat, [b.array(p) for p in parts], [b.number(d)]))
 
 
 def _index_copy(b: Builder, node: fx.Node) -> None:
     into, d, index, source = _arguments(node, input=_MISSING, dim=_MISSING, index=_MISSING, source=_MISSING)
     if _tensor(index).dtype is not torch.int64 or _tensor(into).dtype != _tensor(source).dtype:
-        raise Unsupported("a copy between dtypes")
+        raise UnsupportedError("a copy between dtypes")
     arrays = [b.array(n) for n in (into, index, source)]
     b.are(node, b.step(Opcode.index_copy, arrays, [b.number(d)]))
 

@@ -421,8 +421,19 @@ NB_MODULE(_native, m) {
             const auto [g, h] = angle_strides;
             const nb::gil_scoped_release nogil;
             self.rotary(*isa_named(isa).kernels,
-                        {address<void>(from), {a, b, c}, address<void>(to), {d, e, f}, positions, count, type, size,
-                         rotated, address<void>(cos), address<void>(sin), {g, h}, view(norm)},
+                        {address<void>(from),
+                         {a, b, c},
+                         address<void>(to),
+                         {d, e, f},
+                         positions,
+                         count,
+                         type,
+                         size,
+                         rotated,
+                         address<void>(cos),
+                         address<void>(sin),
+                         {g, h},
+                         view(norm)},
                         sequences * positions * count);
           },
           "isa"_a, "shape"_a, "type"_a, "heads"_a, "out"_a, "cos"_a, "sin"_a, "angle_strides"_a, "norm"_a,

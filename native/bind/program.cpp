@@ -17,6 +17,8 @@ using tensor = std::tuple<std::uintptr_t, std::vector<std::int64_t>, std::vector
 // (where: a result's number or -1 - that of an argument, offset, shape, strides)
 using view_of = std::tuple<int, std::int64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 
+using allocator = nb::typed<nb::callable, std::uintptr_t(kt::element, std::vector<std::int64_t>)>;
+
 struct bound_program {
   std::vector<kt::element> types;
   kt::program program;
@@ -37,7 +39,7 @@ kt::array array_of(const tensor& t, kt::element type) {
 
 std::vector<view_of> run(bound_program& self, kt::context& context, const std::string& isa,
                          const std::vector<tensor>& arguments, const std::vector<std::int64_t>& whole,
-                         const std::vector<double>& real, const nb::callable& allocate) {
+                         const std::vector<double>& real, const allocator& allocate) {
   if (arguments.size() != self.types.size()) throw std::invalid_argument("program: another number of arguments");
   std::vector<kt::array> arrays;
   for (std::size_t i = 0; i < arguments.size(); ++i) arrays.push_back(array_of(arguments[i], self.types[i]));
@@ -109,7 +111,8 @@ void bind_program(nb::module_& m) {
             return self.program.add(op, std::move(in), outs, std::move(whole), std::move(real), packed);
           },
           "op"_a, "arrays"_a, "outs"_a, "whole"_a, "real"_a, "packed"_a,
-          "Return the first of the numbers of the arrays that it gives. Numbers are (value, -1) or (0, which argument).")
+          "Return the first of the numbers of the arrays that it gives. Numbers are (value, -1) or (0, which "
+          "argument).")
       .def(
           "finish", [](bound_program& self, std::vector<int> results) { self.program.finish(std::move(results)); },
           "results"_a)

@@ -22,7 +22,7 @@ void rotary(const rotary_job& job, std::size_t begin, std::size_t end) {
     const auto h = static_cast<std::ptrdiff_t>(row % job.heads);
     const auto p = static_cast<std::ptrdiff_t>(position % job.positions);
     const auto s = static_cast<std::ptrdiff_t>(position / job.positions);
-    const auto place = [&](const std::ptrdiff_t(&strides)[3]) {
+    const auto place = [&](const std::ptrdiff_t (&strides)[3]) {
       return (s * strides[0] + p * strides[1] + h * strides[2]) * static_cast<std::ptrdiff_t>(bytes);
     };
     const char* in = static_cast<const char*>(job.in) + place(job.in_strides);

@@ -78,7 +78,8 @@ bool view(array& a, const std::vector<std::int64_t>& shape) {
   for (int last = from.rank - 1; last >= 0;) {
     int first = last;
     std::int64_t together = from.shape[last];
-    while (first > 0 && from.strides[first - 1] == from.strides[first] * from.shape[first]) together *= from.shape[--first];
+    while (first > 0 && from.strides[first - 1] == from.strides[first] * from.shape[first])
+      together *= from.shape[--first];
     std::int64_t stride = from.strides[last], taken = 1;
     while (to >= 0 && (taken < together || b.shape[to] == 1)) {
       b.strides[to] = stride;
@@ -177,9 +178,7 @@ void top_k(const float* in, std::int64_t stride, std::int64_t size, std::int64_t
 
 }  // namespace
 
-std::int64_t array::count() const {
-  return std::accumulate(shape, shape + rank, std::int64_t{1}, std::multiplies<>());
-}
+std::int64_t array::count() const { return std::accumulate(shape, shape + rank, std::int64_t{1}, std::multiplies<>()); }
 
 bool array::contiguous() const {
   std::int64_t stride = 1;
@@ -232,7 +231,8 @@ struct program::call {
   buffer& take(int group, std::size_t bytes) {
     std::size_t best = p.free_.size();
     for (std::size_t i = 0; i < p.free_.size(); ++i)
-      if (p.free_[i].bytes() >= bytes && (best == p.free_.size() || p.free_[i].bytes() < p.free_[best].bytes())) best = i;
+      if (p.free_[i].bytes() >= bytes && (best == p.free_.size() || p.free_[i].bytes() < p.free_[best].bytes()))
+        best = i;
     std::vector<buffer>& own = memory[static_cast<std::size_t>(group)];
     if (best == p.free_.size()) {
       own.emplace_back(std::max<std::size_t>(bytes, 1));
@@ -272,7 +272,8 @@ struct program::call {
     }
     array b = a;
     set_contiguous(b);
-    b.data = take(p.group_[static_cast<std::size_t>(s.out)], static_cast<std::size_t>(b.count()) * size_of(b.type)).as();
+    b.data =
+        take(p.group_[static_cast<std::size_t>(s.out)], static_cast<std::size_t>(b.count()) * size_of(b.type)).as();
     copy(c, a, b);
     return b;
   }
@@ -339,11 +340,10 @@ void program::call::compute_moe(const step& s) {
     fail("ids, weights and rows of experts do not fit");
   if (x.strides[1] != 1) x = dense(s, x);
   const array& b = place(s, 0, x.type, x.shape, 2);
-  const std::string wrong =
-      c.moe(*w.all, kernels_for(*w.set, w.all->format.kind, float_type(x)),
-            {static_cast<std::size_t>(x.shape[0]), static_cast<int>(ids.shape[1]), x.data, float_type(x),
-             static_cast<std::size_t>(x.strides[0]), ids.data, id_type::i64, weights.data, float_type(weights), b.data,
-             static_cast<std::size_t>(b.strides[0])});
+  const std::string wrong = c.moe(*w.all, kernels_for(*w.set, w.all->format.kind, float_type(x)),
+                                  {static_cast<std::size_t>(x.shape[0]), static_cast<int>(ids.shape[1]), x.data,
+                                   float_type(x), static_cast<std::size_t>(x.strides[0]), ids.data, id_type::i64,
+                                   weights.data, float_type(weights), b.data, static_cast<std::size_t>(b.strides[0])});
   if (!wrong.empty()) throw std::invalid_argument(wrong);
 }
 
@@ -420,7 +420,9 @@ void program::call::compute_attention(const step& s) {
   array& b = place(s, 0, q.type, shape, 4);
   std::swap(b.shape[1], b.shape[2]);
   std::swap(b.strides[1], b.strides[2]);
-  const auto place_of = [](const array& a) { return attention_place{a.data, {a.strides[0], a.strides[1], a.strides[2]}}; };
+  const auto place_of = [](const array& a) {
+    return attention_place{a.data, {a.strides[0], a.strides[1], a.strides[2]}};
+  };
   attention_arguments a;
   a.sequences = static_cast<int>(q.shape[0]);
   a.query_heads = static_cast<int>(q.shape[1]);
@@ -723,7 +725,8 @@ std::vector<result> program::run(context& c, const kernel_table& kernels, const 
     const array& a = now.arrays[static_cast<std::size_t>(r)];
     const char* base = a.source < 0 ? arguments[static_cast<std::size_t>(-1 - a.source)].data
                                     : now.given[static_cast<std::size_t>(a.source)];
-    found.push_back({a.source, (a.data - base) / static_cast<std::int64_t>(size_of(a.type)),
+    found.push_back({a.source,
+                     (a.data - base) / static_cast<std::int64_t>(size_of(a.type)),
                      {a.shape, a.shape + a.rank},
                      {a.strides, a.strides + a.rank}});
   }

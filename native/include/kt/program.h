@@ -73,8 +73,8 @@ enum class opcode : std::uint8_t {
 };
 
 struct result {
-  int source;                  // as of an array
-  std::int64_t offset;         // from there, in elements
+  int source;           // as of an array
+  std::int64_t offset;  // from there, in elements
   std::vector<std::int64_t> shape, strides;
 };
 
@@ -84,7 +84,8 @@ class program {
   ~program();
 
   // Returns the first of the numbers of its `outs` arrays. packed: which packed weight or experts, or -1.
-  int add(opcode op, std::vector<int> in, int outs, std::vector<whole_number> n, std::vector<real_number> x, int packed);
+  int add(opcode op, std::vector<int> in, int outs, std::vector<whole_number> n, std::vector<real_number> x,
+          int packed);
   // Which arrays leave the program; the last thing that is told.
   void finish(std::vector<int> results);
 
@@ -107,8 +108,8 @@ class program {
   std::vector<step> steps_;
   std::vector<packed> packed_;
   std::vector<int> results_;
-  std::vector<int> group_;        // of each array: those that may share memory
-  std::vector<bool> leaves_;      // of each group
+  std::vector<int> group_;              // of each array: those that may share memory
+  std::vector<bool> leaves_;            // of each group
   std::vector<std::vector<int>> ends_;  // groups whose last use is a step
   std::vector<buffer> free_;
   std::mutex turn_;
