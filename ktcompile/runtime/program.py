@@ -127,7 +127,7 @@ class Part:
         tensors = [args[i] for i in self._tensors]
         made: list[Tensor] = []
 
-        def allocate(element: _native.Element, shape: list[int]) -> int:
+        def allocate(element: _native.Element, shape: Sequence[int]) -> int:
             made.append(torch.empty(shape, dtype=_DTYPES[element]))
             return made[-1].data_ptr()
 
