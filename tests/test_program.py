@@ -33,7 +33,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Parts:
-    """Counts the steps that parts ran."""
+    """Counts the calls of parts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls = 0
@@ -238,10 +238,8 @@ def test_any_chain_of_views(data: st.DataObject) -> None:
             shape[d], shape[e] = shape[e], shape[d]
         elif kind == "reshape":
             shape = [*shape[:d], -1] if d else [-1, 1]
-            count = torch.Size(sizes).numel()
             steps.append((kind, tuple(shape)))
             shape = list(_apply(random(*sizes), steps).shape)
-            assert count >= 0
         elif kind == "slice" and shape[d] > 1:
             steps.append((kind, (d, 1)))
             shape[d] -= 1
