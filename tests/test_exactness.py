@@ -36,7 +36,7 @@ def in_chunks(run: Callable[..., Any], config: Any, ids: torch.Tensor, size: int
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "inner", "sizes"),
-    [("qwen3_moe", "eager", (1, 16, 100)), *((f, "eager", (16, 100)) for f in FAMILIES), INDUCTOR],
+    [("qwen3_moe", "program", (1, 16, 100)), *((f, "program", (16, 100)) for f in FAMILIES), INDUCTOR],
 )
 def test_logits_of_a_whole_model(family, inner, sizes, threads):
     model, kwargs = build(case_of(family))

@@ -74,7 +74,7 @@ def test_runs_on_the_kernels(block, dtype):
         got = module(*inputs)
         assert got.dtype == dtype
         assert relative_error(got, wanted_of(module, inputs)) < (8e-3 if dtype == torch.bfloat16 else 2e-6)
-        compiled = torch.compile(module, backend="kt", options={"inner": "eager"}, fullgraph=True)
+        compiled = torch.compile(module, backend="kt", options={"inner": "program"}, fullgraph=True)
         assert_exact(compiled(*inputs), got)
     report = ktcompile.compile_reports()[-1]
     assert (report.moe_fused, report.fallbacks) == (1, [])
@@ -116,7 +116,7 @@ def test_is_packed_once_and_again_after_a_change(monkeypatch):
 def test_one_compiled_graph_serves_other_weights():
     module, inputs = build(), inputs_of()
     with torch.no_grad():
-        compiled = torch.compile(module, backend="kt", options={"inner": "eager"}, fullgraph=True)
+        compiled = torch.compile(module, backend="kt", options={"inner": "program"}, fullgraph=True)
         compiled(*inputs)
         graphs = len(ktcompile.compile_reports())
         module.gate_up_proj.data = module.gate_up_proj.data.flip(0).contiguous()

@@ -96,7 +96,7 @@ def test_the_compiler_is_given_the_options(tmp_path, capsys, monkeypatch):
     compiler = torch.compile
 
     def without_inductor(function, *, backend, options):
-        return compiler(function, backend=backend, options={**options, "inner": "eager"})
+        return compiler(function, backend=backend, options={**options, "inner": "program"})
 
     monkeypatch.setattr(torch, "compile", without_inductor)
     model, trace = save_model(tmp_path, layers=1), tmp_path / "trace.npz"

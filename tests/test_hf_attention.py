@@ -56,7 +56,7 @@ def test_a_compiled_model_is_one_graph(kind: str) -> None:
     model = build(kind, "kt")
     with torch.no_grad():
         wanted = build(kind, "eager")(ids, attention_mask=mask).logits
-        compiled = torch.compile(model, backend="kt", fullgraph=True, options={"inner": "eager"})
+        compiled = torch.compile(model, backend="kt", fullgraph=True, options={"inner": "program"})
         got = compiled(ids, attention_mask=mask).logits
     assert len(ktcompile.compile_reports()) == 1
     assert relative_error(got[:, 4:], wanted[:, 4:]) < 1e-5
@@ -68,7 +68,7 @@ def graphs_of_decode(attention: str) -> int:
     torch._dynamo.reset()
     clear_compile_reports()
     model = build("plain", attention)
-    compiled = torch.compile(model, backend="kt", fullgraph=True, dynamic=True, options={"inner": "eager"})
+    compiled = torch.compile(model, backend="kt", fullgraph=True, dynamic=True, options={"inner": "program"})
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         compiled(ids, past_key_values=cache)

@@ -102,7 +102,7 @@ def compiled(
     """The logits of the compiled model, and the reports of its graphs. disable: passes."""
     torch._dynamo.reset()
     known = {id(r) for r in ktcompile.compile_reports()}
-    options = {"inner": "eager", "disable_passes": disable}
+    options = {"inner": "program", "disable_passes": disable}
     fast = torch.compile(model, backend=backend, options=options, fullgraph=case.fullgraph)
     with torch.no_grad():
         result = run(fast, kwargs)

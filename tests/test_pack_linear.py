@@ -16,7 +16,7 @@ from ktcompile.graph.report import compile_reports
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.store import linear_store
 
-OPTIONS = {"inner": "eager"}
+OPTIONS = {"inner": "program"}
 
 
 @pytest.fixture(autouse=True)

@@ -569,7 +569,7 @@ def test_a_compiled_model_can_come_from_the_cache(model_folder, cache, without_s
     without_source()
     torch._dynamo.reset()
     model = ktcompile.models.load.load_for_compiler(model_folder, packed_cache=cache.folder)
-    compiled = torch.compile(model, backend="kt", options={"inner": "eager", "weights": "take"})
+    compiled = torch.compile(model, backend="kt", options={"inner": "program", "weights": "take"})
     assert_close = (logits(compiled) - wanted).abs().max() / wanted.abs().max()
     assert assert_close < 0.02
     torch._dynamo.reset()

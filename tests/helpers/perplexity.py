@@ -46,7 +46,7 @@ def log_probabilities(model: torch.nn.Module, windows: torch.Tensor) -> torch.Te
 def compiled(model: torch.nn.Module, weight_format: str = "auto") -> torch.nn.Module:
     """Return a model whose experts run on the kernels."""
     torch._dynamo.reset()
-    return torch.compile(model, backend="kt", options={"inner": "eager", "weight_format": weight_format})
+    return torch.compile(model, backend="kt", options={"inner": "program", "weight_format": weight_format})
 
 
 def main() -> None:
