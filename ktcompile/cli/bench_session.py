@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # From here on a machine is not idle.
 _LOAD_TO_MENTION = 0.5
+_SECONDS_OF_A_LINE = 60
 
 
 @contextmanager
@@ -43,19 +45,26 @@ def session(
 
 
 class Listener:
-    """Shows the progress, and keeps the file up to date."""
+    """Shows the progress, where it is not a terminal as a line a minute, and keeps the file up to date."""
 
     def __init__(self, progress: Progress, task: TaskID, out: Path | None) -> None:
         self._progress, self._task, self._out = progress, task, out
+        self._last_line = time.monotonic()
 
     def note(self, text: str) -> None:
         self._progress.update(self._task, description=text)
+        if time.monotonic() - self._last_line > _SECONDS_OF_A_LINE:
+            self._print_line()
 
     def advance(self, turns: int) -> None:
         self._progress.advance(self._task, turns)
 
     def save(self, report: Report) -> None:
         write(report, self._out)
+        self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
         if not self._progress.console.is_terminal:
             state = self._progress.tasks[self._task]
             print(f"{state.completed:.0f} of {state.total:.0f} turns: {state.description}", file=sys.stderr)

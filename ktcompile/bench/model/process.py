@@ -36,6 +36,14 @@ class Settings:
     gguf_files: dict[str, Path]
     patience: float
 
+    def __post_init__(self) -> None:
+        sizes = [("batches and prompts", work.size) for work in self.works]
+        for name, value in (("--steps", self.steps), ("--threads", self.threads), *sizes):
+            if value < 1:
+                raise ValueError(f"{name} of {value} cannot be; it must be 1 or more")
+        if not self.works:
+            raise ValueError("there is nothing to measure: name --batches or --prompts")
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -59,6 +67,8 @@ class ModelProcess(Worker):
             "HF_HUB_OFFLINE": "1",  # the model is a folder
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            # A prompt may be as long as the model's positions, and the engine wants room for an answer.
+            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
             "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB),
             "VLLM_LOGGING_LEVEL": "ERROR",
         }
@@ -79,7 +89,8 @@ class ModelProcess(Worker):
             "threads": settings.threads,
             "steps": settings.steps,
             "requests": requests,
-            "length": max(length for _, length in lengths) + settings.steps + 1,
+            # Requests of a large batch do not all begin in the same step of an engine.
+            "length": max(length for _, length in lengths) + settings.steps + requests,
             "tokens": max(number * (length + settings.steps + 1) for number, length in lengths),
         }
         if contender.kind == "llama.cpp":

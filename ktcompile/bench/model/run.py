@@ -41,17 +41,8 @@ class ModelBenchmark:
     once_above: float
 
     def __post_init__(self) -> None:
-        for name, values in (
-            ("--rounds", [self.rounds]),
-            ("--steps", [self.settings.steps]),
-            ("--threads", [self.settings.threads]),
-            ("batches and prompts", [work.size for work in self.settings.works]),
-        ):
-            for value in values:
-                if value < 1:
-                    raise ValueError(f"{name} of {value} cannot be; it must be 1 or more")
-        if not self.settings.works:
-            raise ValueError("there is nothing to measure: name --batches or --prompts")
+        if self.rounds < 1:
+            raise ValueError(f"--rounds of {self.rounds} cannot be; it must be 1 or more")
 
     @property
     def contenders(self) -> tuple[ModelContender, ...]:
@@ -197,7 +188,7 @@ class _Run:
     def _first(self, name: str, process: ModelProcess, work: Work) -> None:
         begin = time.perf_counter()
         try:
-            _, _, peak = process.time(work, -1, _FIRST_STEPS)
+            _, _, peak = process.time(work, -1, min(_FIRST_STEPS, self._benchmark.settings.steps))
         except ContenderError as error:
             self._leave_out(name, work, error)
             return
