@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.fake_vllm import FAKE_VLLM
 from helpers.model_reports import contender
 
 from ktcompile.bench.model import process as model_process
@@ -22,40 +23,6 @@ from ktcompile.models import tiny_model
 DRIVERS = Path(model_process.__file__).with_name("drivers")
 DECODE, PREFILL = Work("decode", 3), Work("prefill", 100)
 
-# An engine whose next token is the sum of those before it, which a request may have after two steps.
-VLLM = """
-import os, types
-class SamplingParams:
-    def __init__(self, **settings): self.__dict__.update(settings)
-class Engine:
-    model_config = types.SimpleNamespace(max_model_len=107, get_vocab_size=lambda: 50)
-    def __init__(self): self.requests = {}
-    def add_request(self, name, prompt, settings):
-        ids = list(prompt["prompt_token_ids"])
-        assert len(ids) + settings.max_tokens == 107 and settings.temperature == 0
-        self.requests[name] = [ids, 1 if self.requests else 0]
-    def abort_request(self, names): self.requests = {n: r for n, r in self.requests.items() if n not in names}
-    def has_unfinished_requests(self): return bool(self.requests)
-    def step(self):
-        outputs = []
-        for name, request in self.requests.items():
-            request[1] -= 1
-            if request[1] < 0:
-                request[0].append(sum(request[0]) % 50)
-                result = types.SimpleNamespace(token_ids=request[0])
-                outputs.append(types.SimpleNamespace(request_id=name, outputs=[result]))
-        return outputs
-class LLM:
-    def __init__(self, model, max_model_len, max_num_seqs, **others):
-        if model.endswith("broken"): raise RuntimeError("cannot\\nload")
-        if model.endswith("fatal"): os.abort()
-        assert (max_model_len, max_num_seqs) == (107, 3), (max_model_len, max_num_seqs)
-        assert os.environ["OMP_NUM_THREADS"] == "1" and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-        assert len(os.environ["VLLM_CPU_OMP_THREADS_BIND"].split(",")) == 1
-        self.llm_engine = Engine()
-        print("vllm says hello")
-"""
-
 
 @pytest.fixture
 def settings(tmp_path):
@@ -65,7 +32,7 @@ def settings(tmp_path):
 @pytest.fixture
 def fake_vllm(tmp_path, monkeypatch):
     (tmp_path / "packages").mkdir()
-    (tmp_path / "packages/vllm.py").write_text(VLLM)
+    (tmp_path / "packages/vllm.py").write_text(FAKE_VLLM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     return contender("vllm", python=sys.executable)
 
