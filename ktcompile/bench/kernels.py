@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +17,7 @@ import torch
 from ktcompile.bench import contenders as who
 from ktcompile.bench import worker
 from ktcompile.bench.contenders import Contender
+from ktcompile.bench.listener import Listener
 from ktcompile.bench.process import ContenderError, ContenderProcess
 from ktcompile.bench.report import KernelsReport, ShapeReport, Turn
 from ktcompile.bench.roofline import Ceilings, Probe, cache_bytes, probe_bytes
@@ -72,16 +73,6 @@ class KernelsBenchmark:
             "dtype": "bfloat16",
             "routing": "uniform; experts that were read longest ago are touched next",
         }
-
-
-class Listener(Protocol):
-    """Is told what goes on. advance: turns that are over, or will not be. save: the report so far, after a round."""
-
-    def note(self, text: str) -> None: ...
-
-    def advance(self, turns: int) -> None: ...
-
-    def save(self, report: KernelsReport) -> None: ...
 
 
 def run(

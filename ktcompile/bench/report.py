@@ -7,7 +7,7 @@ measured at (nearly) the same time: a turn with its own ceilings, a contender wi
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -171,13 +171,18 @@ def _result(
         fraction=statistics.median(bound(t, t.bandwidth, t.flops) / t.seconds for t in own.values()),
         of_best=least / seconds,
         min_of_best=least / min_seconds,
-        ratios={name: ratio for name, turns in peers.items() if (ratio := _paired_ratio(turns, own)) is not None},
+        ratios={n: ratio for n, turns in peers.items() if (ratio := paired_ratio(_seconds(turns), _seconds(own)))},
     )
 
 
-def _paired_ratio(slower: dict[int, Turn], faster: dict[int, Turn]) -> float | None:
+def paired_ratio(slower: Mapping[int, float], faster: Mapping[int, float]) -> float | None:
+    """Return how many times as long one takes as the other: of seconds by round, the median over those of both."""
     both = slower.keys() & faster.keys()
-    return statistics.median(slower[r].seconds / faster[r].seconds for r in both) if both else None
+    return statistics.median(slower[r] / faster[r] for r in both) if both else None
+
+
+def _seconds(turns: dict[int, Turn]) -> dict[int, float]:
+    return {number: turn.seconds for number, turn in turns.items()}
 
 
 def _shape_report(record: dict[str, Any]) -> ShapeReport:

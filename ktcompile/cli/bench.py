@@ -1,24 +1,20 @@
-"""`ktc bench`: kernels against the machine's ceilings and against peers."""
+"""`ktc bench`, and `ktc bench kernels`: kernels against the machine's ceilings and against peers."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ktcompile.cli import bench_model
+from ktcompile.cli.bench_session import session, write
 from ktcompile.plan.files import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
 
     from ktcompile.bench.kernels import KernelsBenchmark
     from ktcompile.bench.report import KernelsReport, ShapeReport
@@ -42,13 +38,11 @@ _TOKENS, _QUICK_TOKENS = (1, 4, 16, 64, 256, 1024), (1, 8, 64)
 _ROUNDS, _QUICK_ROUNDS = 5, 2
 _TURN_SECONDS, _QUICK_TURN_SECONDS = 0.15, 0.02
 _LIBRARIES = ("ktcompile", "torch", "transformers", "kt-kernel", "numpy")
-# From here on a machine is not idle.
-_LOAD_TO_MENTION = 0.5
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and what it can measure."""
-    bench = subparsers.add_parser("bench", help="measure kernels beside the roofline and beside peers")
+    bench = subparsers.add_parser("bench", help="measure kernels and whole models beside the roofline and beside peers")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     kernels = what.add_parser(
         "kernels",
@@ -77,6 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--quick", action="store_true", help="a tiny shape, few tokens and rounds: seconds, to see whether it works")
     add("--replot", type=Path, metavar="FILE.json", help="measure nothing; draw what --out wrote")
     kernels.set_defaults(run=run_kernels)
+    bench_model.add_parser(what)
 
 
 def run_kernels(args: argparse.Namespace) -> int:
@@ -101,7 +96,7 @@ def run_kernels(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_json(), indent=1))
     else:
         _print(report)
-    _write(report, args.out)
+    write(report, args.out)
     if args.out:
         print(f"wrote {args.out}", file=sys.stderr)
     if args.plot:
@@ -152,75 +147,10 @@ def _shapes(args: argparse.Namespace) -> dict[str, MoeShape]:
 
 
 def _measure(benchmark: KernelsBenchmark, out: Path | None) -> KernelsReport:
-    from rich.console import Console
-
     from ktcompile.bench import kernels
 
-    machine = _machine(benchmark.threads)
-    console = Console(stderr=True)
-    load = machine["load_average"]
-    if load > _LOAD_TO_MENTION:
-        print(f"other programs run here (load {load:.1f}); peers whose threads spin suffer most", file=sys.stderr)
-    with _progress_bar(console, benchmark.turns) as (progress, task):
-        return kernels.run(benchmark, machine, _Listener(progress, task, out))
-
-
-@contextmanager
-def _progress_bar(console: Console, turns: int) -> Iterator[tuple[Progress, TaskID]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as progress:
-        yield progress, progress.add_task("starting", total=turns)
-
-
-class _Listener:
-    """Shows the progress, and keeps the file up to date."""
-
-    def __init__(self, progress: Progress, task: TaskID, out: Path | None) -> None:
-        self._progress, self._task, self._out = progress, task, out
-
-    def note(self, text: str) -> None:
-        self._progress.update(self._task, description=text)
-
-    def advance(self, turns: int) -> None:
-        self._progress.advance(self._task, turns)
-
-    def save(self, report: KernelsReport) -> None:
-        _write(report, self._out)
-        if not self._progress.console.is_terminal:
-            state = self._progress.tasks[self._task]
-            print(f"{state.completed:.0f} of {state.total:.0f} turns: {state.description}", file=sys.stderr)
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import psutil
-
-    from ktcompile.machine import machine
-
-    def version_of(library: str) -> str | None:
-        try:
-            return version(library)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        **asdict(machine()),
-        "threads": threads,
-        "memory_available_bytes": psutil.virtual_memory().available,
-        "load_average": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in _LIBRARIES}},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _write(report: KernelsReport, out: Path | None) -> None:
-    if out:
-        unfinished = out.with_name(out.name + ".part")
-        unfinished.write_text(json.dumps(report.to_json(), indent=1) + "\n")
-        unfinished.replace(out)
+    with session(benchmark.turns, benchmark.threads, _LIBRARIES, out) as (machine, listener):
+        return kernels.run(benchmark, machine, listener)
 
 
 def _replot(args: argparse.Namespace) -> int:

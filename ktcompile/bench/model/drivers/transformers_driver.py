@@ -1,0 +1,85 @@
+"""Models of transformers: as they come, compiled by a backend of torch.compile, or loaded by ktcompile."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+
+def load(request: dict[str, Any]) -> Transformers:
+    """Return the model of a request.
+
+    model: a folder. kind: kt, kt-eager, transformers, inductor or zentorch. variant: a weight format of ktcompile, or
+    an experts implementation of transformers. cache: dynamic or static. threads, steps.
+    """
+    torch.set_num_threads(request["threads"])
+    torch.set_grad_enabled(False)
+    model = _model(request["kind"], request["model"], request["variant"])
+    gc.collect()
+    gc.freeze()
+    return Transformers(model, request["cache"] == "static", request["steps"])
+
+
+def _model(kind: str, folder: str, variant: str) -> Any:
+    if kind == "kt-eager":
+        import ktcompile
+
+        return ktcompile.load(folder, weight_format=variant or "auto", packed_cache=None)
+    others = {} if kind == "kt" or not variant else {"experts_implementation": variant}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **others)
+    model.eval()
+    if kind == "transformers":
+        return model
+    if kind == "inductor":
+        return torch.compile(model, dynamic=True)
+    if kind == "kt":
+        options: dict[str, Any] = {"weights": "take", "weight_format": variant or "auto"}
+        return torch.compile(model, backend="kt", dynamic=True, options=options)
+    assert kind == "zentorch", kind
+    import zentorch  # noqa: F401  it registers the backend
+
+    return torch.compile(model, backend="zentorch", dynamic=True)
+
+
+class Transformers:
+    """A causal language model. steps: the most that follow a prompt, which is room for static caches."""
+
+    facts: dict[str, float]
+
+    def __init__(self, model: Any, static: bool, steps: int) -> None:
+        self._model, self._static, self._room = model, static, steps
+        self.vocab_size: int = model.config.get_text_config().vocab_size
+        self.facts = {}
+        self._static_caches: dict[tuple[int, int], Any] = {}
+        self._cache: Any = None
+        self._chosen = torch.empty(0, dtype=torch.long)
+
+    def start(self, prompts: list[list[int]]) -> None:
+        self._cache = self._new_cache(len(prompts), len(prompts[0]) + self._room)
+        self._call(torch.tensor(prompts))
+
+    def step(self) -> list[int]:
+        tokens: list[int] = self._chosen.tolist()
+        self._call(self._chosen[:, None])
+        return tokens
+
+    def finish(self) -> None:
+        self._cache = None
+
+    def _call(self, ids: torch.Tensor) -> None:
+        logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        self._chosen = logits[:, -1].argmax(-1)
+
+    def _new_cache(self, requests: int, length: int) -> Any:
+        config = self._model.config
+        if not self._static:
+            return DynamicCache(config=config)
+        # A compiled model knows the addresses of a static cache: another one would be compiled again.
+        if (requests, length) not in self._static_caches:
+            self._static_caches[requests, length] = StaticCache(config=config, max_cache_len=length)
+        cache = self._static_caches[requests, length]
+        cache.reset()
+        return cache

@@ -1,0 +1,63 @@
+"""vLLM on the CPU, its engine in this process, so that it stops with it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+# Tokens of a step, as many as llama.cpp takes at once.
+_BATCH = 2048
+
+
+def load(request: dict[str, Any]) -> Vllm:
+    """Return the engine for a request. model: a folder. requests, length: the most at a time, of each."""
+    llm = LLM(
+        model=request["model"],
+        dtype="auto",
+        skip_tokenizer_init=True,
+        max_model_len=request["length"],
+        max_num_seqs=request["requests"],
+        max_num_batched_tokens=max(_BATCH, request["requests"]),
+        enable_prefix_caching=False,
+    )
+    return Vllm(llm)
+
+
+class Vllm:
+    """An engine that is stepped by hand. A step has scheduling and sampling in it, as it has for its users."""
+
+    facts: dict[str, float]
+
+    def __init__(self, llm: Any) -> None:
+        self._engine = llm.llm_engine
+        self.vocab_size: int = self._engine.model_config.get_vocab_size()
+        self.facts = {}
+        self._names = (f"{n}" for n in itertools.count())
+        self._running: list[str] = []
+        self._tokens: dict[str, int] = {}
+
+    def start(self, prompts: list[list[int]]) -> None:
+        length = self._engine.model_config.max_model_len - len(prompts[0])
+        greedy = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True, detokenize=False)
+        for prompt in prompts:
+            self._running.append(next(self._names))
+            self._engine.add_request(self._running[-1], {"prompt_token_ids": prompt}, greedy)
+        while len(self._tokens) < len(prompts):
+            self._step()
+
+    def step(self) -> list[int]:
+        chosen = [self._tokens[name] for name in self._running]
+        self._step()
+        return chosen
+
+    def finish(self) -> None:
+        self._engine.abort_request(self._running)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        self._running, self._tokens = [], {}
+
+    def _step(self) -> None:
+        for output in self._engine.step():
+            self._tokens[output.request_id] = output.outputs[0].token_ids[-1]
