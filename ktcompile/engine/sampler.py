@@ -115,12 +115,14 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     likeliest = values.argmax(-1)  # NaN where there is one
     tokens: list[int] = []
     wrong: list[int] = []
+    scratch = np.empty(values.shape[1])  # for all rows: memory that is new costs as much as what is done in it
     for i, state in enumerate(states):
         token: int | None = int(likeliest[i])
         if not math.isfinite(values[i, token]):
             token = None
         elif not state.takes_largest:
-            token = _choose(values[i].astype(np.float64), state)
+            scratch[:] = values[i]
+            token = _choose(scratch, state)
         if token is None:
             wrong.append(i)
         else:
@@ -158,10 +160,16 @@ def largest(values: NDArray[np.floating], count: int) -> Tokens:
         return np.arange(len(values))
     if count == 0:
         return np.arange(0)
-    least = np.partition(values, -count)[-count]
-    above = np.flatnonzero(values > least)
-    equal = np.flatnonzero(values == least)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal]))
+    return _down_to(values, np.partition(values, -count)[-count], count)
+
+
+def _down_to(values: NDArray[np.floating], least: np.floating, count: int) -> Tokens:
+    """Return where the `count` largest are, of which `least` is the last, ascending."""
+    places = np.flatnonzero(values >= least)
+    if len(places) == count:
+        return places
+    equal = np.flatnonzero(values[places] == least)
+    return np.delete(places, equal[count - len(places) :])
 
 
 def _choose(logits: Row, state: SamplingState) -> int | None:
@@ -173,8 +181,9 @@ def _choose(logits: Row, state: SamplingState) -> int | None:
     if params.temperature == 0:
         return int(logits.argmax())
     logits -= maximum  # so that the largest stays finite however small the temperature is
-    with np.errstate(over="ignore"):
-        logits /= params.temperature
+    if params.temperature != 1:
+        with np.errstate(over="ignore"):
+            logits /= params.temperature
     tokens: Tokens | None = None  # all
     if params.min_p > 0:
         tokens = np.flatnonzero(logits >= math.log(params.min_p))
@@ -185,7 +194,7 @@ def _choose(logits: Row, state: SamplingState) -> int | None:
     weights = torch.from_numpy(logits).exp_().numpy()
     if params.top_p < 1:
         tokens, weights = _take(tokens, weights, _nucleus(weights, params.top_p))
-    sums = torch.from_numpy(weights).cumsum(0).numpy()
+    sums = torch.from_numpy(weights).cumsum_(0).numpy()
     drawn = uniform(state.seed, state.stream, state.num_tokens) * sums[-1]
     place = int(sums.searchsorted(drawn, side="right"))
     return place if tokens is None else int(tokens[place])
@@ -204,6 +213,7 @@ def _nucleus(weights: Row, top_p: float) -> Tokens:
     # All weights below this have together less than half of what may be left out, so none of them belongs to the
     # nucleus. Of a model's they are nearly all, and need not be sorted.
     low = 0.5 * (1 - top_p) * total / len(weights)
-    descending = -np.sort(-weights[weights >= low])
-    before = np.concatenate([[0.0], descending.cumsum()[:-1]])
-    return largest(weights, int(np.count_nonzero(before < top_p * total)))
+    descending = np.sort(weights[weights >= low])[::-1]
+    # The first is always among them; another one is if the sum up to the one before it does not suffice.
+    count = 1 + int(np.count_nonzero(descending.cumsum()[:-1] < top_p * total))
+    return _down_to(weights, descending[count - 1], count)
