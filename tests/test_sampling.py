@@ -47,6 +47,7 @@ VOCABULARY = 24
         ({"prompt_logprobs": -2}, "prompt_logprobs is -2"),
         ({"seed": 1 << 64}, "an integer of 64 bits"),
         ({"stop": ["a", ""]}, "stop is ['a', '']; an empty text would end every answer"),
+        ({"stop_token_ids": [5, -1]}, "stop_token_ids is [5, -1]; tokens are numbered from 0 on"),
         ({"logit_bias": {3: float("inf")}}, "logit_bias has inf for token 3"),
         ({"logit_bias": {-3: 1.0}}, "logit_bias has 1.0 for token -3"),
     ],

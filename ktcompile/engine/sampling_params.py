@@ -70,6 +70,8 @@ class SamplingParams:
             self._require("seed", -(1 << 63) <= self.seed < 1 << 64, "an integer of 64 bits, or None")
         if not all(self.stop_texts):
             raise ValueError(f"stop is {self.stop!r}; an empty text would end every answer")
+        if any(token < 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids is {list(self.stop_token_ids)}; tokens are numbered from 0 on")
         for token, bias in (self.logit_bias or {}).items():
             if token < 0 or not isfinite(bias):
                 raise ValueError(f"logit_bias has {bias} for token {token}; it must be finite, of a token from 0 on")
