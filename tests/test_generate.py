@@ -148,6 +148,19 @@ def test_pieces_make_up_what_decoding_at_once_gives(name, prompt, text):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("end", ["\u4f60", "a", "a ", "\U0001f600"])
+def test_of_a_long_prompt_the_end_is_enough(name, end):
+    """At every place where the prompt may be cut, in the middle of characters too."""
+    tokenizer = tokenizer_called(name)
+    new_ids = tokenizer(" b\u4f60 a")["input_ids"]
+    for begin in range(9):
+        prompt_ids = tokenizer("\U0001f600 z" * 30 + "a" * begin + end)["input_ids"]
+        assert len(prompt_ids) > 100
+        whole = tokenizer.decode(prompt_ids + new_ids)
+        assert tokenizer.decode(prompt_ids) + "".join(pieces_of(tokenizer, prompt_ids, new_ids)) == whole
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_an_unfinished_character_is_held_back_and_dropped_at_the_end(name):
     tokenizer = tokenizer_called(name)
     prompt_ids = tokenizer("ab")["input_ids"]

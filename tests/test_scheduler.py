@@ -132,9 +132,7 @@ def test_logits_are_wanted_of_the_last_position_or_of_all():
     one = world()
     one.add(client(0, 12, 3))
     one.add(client(1, 12, 3, prompt_logits=True))
-    while one.left:
-        one.begin_step()
-        one.end_step()
+    one.finish()
     assert one.clients["r0"].logits == [11, 12, 13]
     assert one.clients["r1"].logits == list(range(14))
 
@@ -196,8 +194,7 @@ def test_what_would_never_fit_is_refused(prompt, max_tokens, words):
     with pytest.raises(RequestTooLongError, match=words):
         one.add(client(0, prompt, max_tokens))
     one.add(client(0, 13, 4))  # the last token has no keys
-    while one.left:
-        ranges(one)
+    one.finish()
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens", "words"), [(0, 1, "no tokens"), (1, 0, "max_tokens is 0")])
@@ -282,11 +279,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self):
         if self.world.step is not None:
             self.world.end_step()
-        while self.world.left:
-            self.world.begin_step()
-            if self.world.step is not None:
-                self.world.end_step()
-        self.world.check_pool()
+        self.world.finish()
         assert self.world.first_tokens == sorted(self.world.first_tokens)
         for each in self.world.clients.values():
             self.world.check_client(each)

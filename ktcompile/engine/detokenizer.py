@@ -7,6 +7,8 @@ from typing import Protocol
 
 # What a tokenizer gives for bytes that are no UTF-8, such as the first half of a character.
 _REPLACEMENT = "\ufffd"
+# Tokens of a prompt that are decoded once more with the first new ones.
+_CONTEXT = 32
 
 
 class Decoder(Protocol):
@@ -26,8 +28,9 @@ class IncrementalText:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # The text of [0, _read) was given already, that of [_read, len) was not. A tokenizer may drop the space
-        # before its first token, so decoding begins one piece before; a piece begins where a character does.
-        self._ids = list(prompt_ids)
+        # before its first token, so decoding begins one piece before; a piece begins where a character does. The end of
+        # a prompt is enough: what a cut through a character gives is the same with and without the new text.
+        self._ids = list(prompt_ids[-_CONTEXT:])
         self._read = len(self._ids)
 
     def add(self, token: int) -> str:

@@ -122,8 +122,7 @@ class Scheduler:
         self._step_begin = self._clock()
         preempted: list[str] = []
         chunks, budget = self._continue_running(preempted)
-        if not preempted:
-            chunks += self._start_waiting(budget)
+        chunks += self._start_waiting(budget)
         assert chunks, "requests are left and none goes on"
         self._step = Step(tuple(chunks), tuple(preempted))
         return self._step

@@ -110,6 +110,18 @@ class World:
                     self.scheduler.finish(chunk.request_id)
         self.step = None
 
+    def finish(self) -> None:
+        """Compute steps until all requests have ended; each goes on in the steps in which it is the oldest."""
+        steps = sum(len(client.prompt) + 2 * client.length + 1 for client in self.left.values())
+        for _ in range(steps + 2):
+            if self.step is not None:
+                self.end_step()
+            self.check_pool()
+            if not self.left:
+                return
+            self.begin_step()
+        raise AssertionError("requests wait for ever")
+
     def check_pool(self) -> None:
         self.pool.check()
         if not self.left and self.step is None:
