@@ -13,8 +13,8 @@ class SchedulerOptions:
 
     max_num_seqs: sequences that are computed. max_num_batched_tokens: tokens of a step. max_model_len: positions of a
     sequence. block_size: positions of a block of keys and values. chunk_size: a prefill is cut at multiples of it
-    alone, counted from position 0, so where it is cut does not depend on what else runs. max_queued_requests,
-    max_queued_tokens: what may wait, in number and in tokens to compute.
+    alone, counted from position 0, whatever else runs. max_queued_requests, max_queued_tokens: what may wait, in
+    number and in tokens to compute.
     """
 
     max_num_seqs: int = 64
