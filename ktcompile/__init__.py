@@ -17,7 +17,8 @@ from ktcompile.ops import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from ktcompile.engine.llm import LLM
-    from ktcompile.engine.outputs import CompletionOutput, RequestOutput, SamplingParams
+    from ktcompile.engine.outputs import CompletionOutput, RequestOutput
+    from ktcompile.engine.sampling_params import SamplingParams
     from ktcompile.models.load import load
     from ktcompile.models.placed import expert_metrics
 
@@ -41,7 +42,7 @@ _LAZY = {
     "LLM": "ktcompile.engine.llm",
     "CompletionOutput": "ktcompile.engine.outputs",
     "RequestOutput": "ktcompile.engine.outputs",
-    "SamplingParams": "ktcompile.engine.outputs",
+    "SamplingParams": "ktcompile.engine.sampling_params",
     "expert_metrics": "ktcompile.models.placed",
     "load": "ktcompile.models.load",
 }

@@ -12,7 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ktcompile.engine.detokenizer import IncrementalText
-from ktcompile.engine.generate import Sampler, Sampling, generate
+from ktcompile.engine.generate import generate
+from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.models import hf_experts
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
@@ -71,38 +72,10 @@ def test_a_seed_repeats_itself_and_another_differs():
     model = build_model()
 
     def drawn(seed):
-        return list(generate(model, PROMPT_IDS, 16, Sampling(temperature=1.0, top_p=0.9, seed=seed)))
+        return list(generate(model, PROMPT_IDS, 16, SamplingParams(temperature=1.0, top_p=0.9, seed=seed)))
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
-
-
-def test_top_p_draws_from_the_likeliest_tokens_alone():
-    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()
-
-    def drawn(top_p):
-        sampler = Sampler(Sampling(temperature=1.0, top_p=top_p, seed=0))
-        return {sampler(logits) for _ in range(300)}
-
-    assert drawn(0.4) == {1}
-    assert drawn(0.7) == {1, 3}
-    assert drawn(0.9) == {1, 2, 3}
-    assert drawn(1.0) == {0, 1, 2, 3}
-
-
-def test_draws_follow_the_probabilities_at_any_temperature():
-    logits = torch.tensor([0.1, 0.6, 0.3]).log()
-    sampler = Sampler(Sampling(temperature=0.5, seed=0))
-    counts = torch.bincount(torch.tensor([sampler(logits) for _ in range(4000)]), minlength=3)
-    expected = torch.tensor([0.01, 0.36, 0.09]) / 0.46
-    torch.testing.assert_close(counts / 4000, expected, rtol=0, atol=0.03)
-    assert Sampler(Sampling(temperature=1e-300, seed=0))(logits * 1e4) == 1
-
-
-@pytest.mark.parametrize("settings", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}])
-def test_settings_outside_their_range_are_refused(settings):
-    with pytest.raises(ValueError, match=next(iter(settings))):
-        Sampling(**settings)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -172,6 +145,19 @@ def test_pieces_make_up_what_decoding_at_once_gives(name, prompt, text):
     pieces = pieces_of(tokenizer, prompt_ids, new_ids)
     assert tokenizer.decode(prompt_ids) + "".join(pieces) == tokenizer.decode(prompt_ids + new_ids)
     assert not any(REPLACEMENT in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("end", ["\u4f60", "a", "a ", "\U0001f600"])
+def test_of_a_long_prompt_the_end_is_enough(name, end):
+    """At every place where the prompt may be cut, in the middle of characters too."""
+    tokenizer = tokenizer_called(name)
+    new_ids = tokenizer(" b\u4f60 a")["input_ids"]
+    for begin in range(9):
+        prompt_ids = tokenizer("\U0001f600 z" * 30 + "a" * begin + end)["input_ids"]
+        assert len(prompt_ids) > 100
+        whole = tokenizer.decode(prompt_ids + new_ids)
+        assert tokenizer.decode(prompt_ids) + "".join(pieces_of(tokenizer, prompt_ids, new_ids)) == whole
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -18,7 +18,7 @@ from helpers.text_model import save_model
 from ktcompile import cli
 from ktcompile.cli import device_args
 from ktcompile.config import DeviceOptions
-from ktcompile.engine import generate as engine
+from ktcompile.engine.generate import CachedModel
 from ktcompile.models import load as loading
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.trace import Trace
@@ -224,15 +224,15 @@ def interruptible():
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("others", [(), HALF])
 def test_ctrl_c_keeps_profile_and_trace(others, model, tmp_path, capsys, monkeypatch):
-    steps, last_logits = [], engine._last_logits
+    steps, logits = [], CachedModel.__call__
 
     def interrupted(*arguments):
         steps.append(1)
         if len(steps) == 4:
             signal.raise_signal(signal.SIGINT)
-        return last_logits(*arguments)
+        return logits(*arguments)
 
-    monkeypatch.setattr(engine, "_last_logits", interrupted)
+    monkeypatch.setattr(CachedModel, "__call__", interrupted)
     trace, profile = tmp_path / "trace.npz", tmp_path / "profile.npz"
     assert run_generate(model, "--record-routing", trace, "--routing-profile", profile, *others) == 130
     assert f"wrote {trace}\nwrote {profile}\n" in capsys.readouterr().err
@@ -245,7 +245,7 @@ def test_ctrl_c_before_the_first_token_writes_nothing(model, tmp_path, monkeypat
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_last_logits", interrupted)
+    monkeypatch.setattr(CachedModel, "__call__", interrupted)
     assert run_generate(model, "--quiet", "--record-routing", tmp_path / "trace.npz", *HALF) == 130
     assert not list(tmp_path.iterdir())
 

@@ -31,7 +31,14 @@ LAYERS = (
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Pure policy over plain numbers, testable without torch.
-WITHOUT_TORCH = ("ktcompile.plan", "ktcompile.scheduler", "ktcompile.cache.policy", "ktcompile.cache.key")
+WITHOUT_TORCH = (
+    "ktcompile.plan",
+    "ktcompile.kv.block_pool",
+    "ktcompile.kv.layout",
+    "ktcompile.cache.policy",
+    "ktcompile.cache.key",
+    "ktcompile.scheduler",
+)
 
 
 def test_no_module_imports_a_lower_layer() -> None:

@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers.text_model import byte_level_tokenizer, save_model
 
 import ktcompile
 from ktcompile.engine import llm as engine
-from ktcompile.engine.generate import generate
+from ktcompile.engine.generate import CachedModel, generate
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.trace import Trace
 
@@ -84,8 +85,9 @@ def test_an_answer_ends_before_a_text(llm):
 
 def test_an_answer_ends_where_positions_do(llm):
     ids = [1] * 62
-    answer = llm.generate({"prompt_token_ids": ids}, GREEDY)[0].outputs[0]
-    assert (len(answer.token_ids), answer.finish_reason) == (2, "length")
+    for params in (GREEDY, ktcompile.SamplingParams(max_tokens=None, temperature=0.0)):
+        answer = llm.generate({"prompt_token_ids": ids}, params)[0].outputs[0]
+        assert (len(answer.token_ids), answer.finish_reason) == (2, "length")
     with pytest.raises(ValueError, match="the prompt has 64 tokens; the model has 64 positions"):
         llm.generate({"prompt_token_ids": [1] * 64}, GREEDY)
 
@@ -95,6 +97,52 @@ def test_a_seed_repeats_itself(llm):
         return llm.generate(PROMPT, ktcompile.SamplingParams(8, 1.5, 0.95, seed))[0].outputs[0].token_ids
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_several_answers_to_one_prompt(llm):
+    params = ktcompile.SamplingParams(8, 1.5, seed=1, n=3)
+    (request,) = llm.generate(PROMPT, params)
+    assert [answer.index for answer in request.outputs] == [0, 1, 2]
+    assert len({tuple(answer.token_ids) for answer in request.outputs}) == 3
+    first = llm.generate(PROMPT, ktcompile.SamplingParams(8, 1.5, seed=1))[0].outputs
+    assert first == request.outputs[:1]
+    assert llm.generate([PROMPT] * 2, params)[1].outputs == request.outputs
+
+
+def test_an_end_token_is_ignored_where_it_is_asked(llm, monkeypatch):
+    full = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    monkeypatch.setattr(llm.model.generation_config, "eos_token_id", full.token_ids[4])
+    ignoring = ktcompile.SamplingParams(12, 0.0, ignore_eos=True)
+    assert llm.generate(PROMPT, ignoring)[0].outputs[0] == full
+    later = llm.generate(PROMPT, ktcompile.SamplingParams(12, 0.0, min_tokens=6))[0].outputs[0]
+    assert full.token_ids[4] not in later.token_ids[:6] and len(later.token_ids) > 6
+
+
+def test_logprobs_are_those_of_the_model(llm):
+    params = ktcompile.SamplingParams(4, 0.0, logprobs=2, prompt_logprobs=0)
+    (request,) = llm.generate(PROMPT, params)
+    (answer,) = request.outputs
+    assert answer.token_ids == llm.generate(PROMPT, GREEDY)[0].outputs[0].token_ids[:4]
+    ids = request.prompt_token_ids + answer.token_ids
+    with torch.no_grad():
+        expected = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert request.prompt_logprobs[0] is None and len(request.prompt_logprobs) == len(request.prompt_token_ids)
+    given = [*request.prompt_logprobs[1:], *answer.logprobs]
+    for row, token, found in zip(expected, ids[1:], given, strict=False):
+        assert found[token].logprob == pytest.approx(row[token].item(), abs=1e-4)
+        assert found[token].decoded_token == llm.tokenizer.decode([token])
+    for row, found in zip(expected[len(request.prompt_token_ids) - 1 :], answer.logprobs, strict=False):
+        assert sorted(found) == sorted(row.topk(2).indices.tolist())
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(p[t].logprob for p, t in zip(answer.logprobs, answer.token_ids, strict=True))
+    )
+
+
+def test_a_bias_is_of_a_token_of_the_model(llm):
+    with pytest.raises(ValueError, match="logit_bias has token 300; the model's tokens are 0 to 299"):
+        llm.generate(PROMPT, ktcompile.SamplingParams(logit_bias={300: 1.0}))
+    always = ktcompile.SamplingParams(3, 0.0, logit_bias={42: 100.0})
+    assert llm.generate(PROMPT, always)[0].outputs[0].token_ids == [42] * 3
 
 
 def test_two_sides_answer_as_one_does(folder, llm):
@@ -118,15 +166,15 @@ def test_a_profile_is_added_to_and_a_trace_is_written(folder, tmp_path):
 def test_what_was_recorded_is_kept_when_it_is_interrupted(folder, tmp_path, monkeypatch):
     trace = tmp_path / "trace.npz"
     model = ktcompile.LLM(folder, record_routing=trace)
-    to_end = engine.generate_to_end
+    passes, logits = [], CachedModel.__call__
 
-    def interrupted(*arguments):
-        tokens = to_end(*arguments)
-        yield next(tokens)
-        yield next(tokens)
-        raise KeyboardInterrupt
+    def interrupted(run, token_ids, **options):
+        passes.append(len(token_ids))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return logits(run, token_ids, **options)
 
-    monkeypatch.setattr(engine, "generate_to_end", interrupted)
+    monkeypatch.setattr(CachedModel, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.generate(PROMPT)
     assert Trace.load(trace).num_steps == 2

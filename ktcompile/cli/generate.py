@@ -106,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ktcompile import compile_reports, set_num_threads
     from ktcompile.engine.detokenizer import IncrementalText
-    from ktcompile.engine.generate import Sampling, generate
+    from ktcompile.engine.generate import generate
+    from ktcompile.engine.sampling_params import SamplingParams
     from ktcompile.graph.report import clear_compile_reports
     from ktcompile.machine import machine
     from ktcompile.models import hf_experts
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from ktcompile.runtime.recording import Recording
 
     # What cannot be used or written shows before the model is loaded.
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    sampling = SamplingParams(args.max_tokens, args.temperature, args.top_p, args.seed)
     machine()
     options = device_options(args)
     reports = ExpertsReports(args.experts_report, args.experts_plot, options)

@@ -7,6 +7,8 @@ from typing import Protocol
 
 # What a tokenizer gives for bytes that are no UTF-8, such as the first half of a character.
 _REPLACEMENT = "\ufffd"
+# Tokens of a prompt that are decoded once more with the first new ones.
+_CONTEXT = 32
 
 
 class Decoder(Protocol):
@@ -22,11 +24,13 @@ class IncrementalText:
     it. Bytes at the end that are no whole character are held back, and dropped if the end comes.
     """
 
-    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         # The text of [0, _read) was given already, that of [_read, len) was not. A tokenizer may drop the space
-        # before its first token, so decoding begins one piece before; a piece begins where a character does.
-        self._ids = list(prompt_ids)
+        # before its first token, so decoding begins one piece before; a piece begins where a character does. The end of
+        # a prompt is enough: what a cut through a character gives is the same with and without the new text.
+        self._ids = list(prompt_ids[-_CONTEXT:])
         self._read = len(self._ids)
 
     def add(self, token: int) -> str:
@@ -49,4 +53,9 @@ class IncrementalText:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._read])) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decode(self._tokenizer, ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def decode(tokenizer: Decoder, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+    """Return the text of tokens, spaces as they are."""
+    return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)

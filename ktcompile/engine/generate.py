@@ -5,45 +5,30 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from ktcompile.engine.sampler import SamplingState, sample
+from ktcompile.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen.
-
-    temperature: 0 takes the most likely token. top_p: only the most likely tokens that together have this
-    probability are drawn from. seed: None draws a new one.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 def generate(
     model: PreTrainedModel,
     prompt_ids: Sequence[int],
     max_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Iterator[int]:
     """Yield the tokens that follow `prompt_ids`, the end-of-sequence token not among them.
 
-    It ends there, after max_tokens, or where the model's positions end. forward: what runs the model, a
-    compiled `model.forward` for example; None is `model` itself. The first token comes after the prefill.
+    It ends there, after max_tokens, or where the model's positions end. sampling: how tokens are chosen, where None
+    takes the likeliest; what it says of the end does not count. forward: what runs the model, a compiled
+    `model.forward` for example; None is `model` itself. The first token comes after the prefill.
     ValueError: no prompt, max_tokens below 1, or a prompt that leaves no position for a token.
     """
     ends = end_tokens(model)
@@ -56,13 +41,14 @@ def generate_to_end(
     model: PreTrainedModel,
     prompt_ids: Sequence[int],
     max_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Iterator[int]:
     """Yield what `generate` does, and after that the end-of-sequence token if it came to one."""
-    limit = _token_limit(model, prompt_ids, max_tokens)
-    choose = Sampler(sampling or Sampling())
-    return _tokens(model, list(prompt_ids), limit, choose, forward or model)
+    limit = token_limit(model, prompt_ids, max_tokens)
+    ends = end_tokens(model)
+    state = SamplingState(sampling or SamplingParams(temperature=0.0), prompt_ids, ends)
+    return _tokens(CachedModel(model, forward), list(prompt_ids), limit, state, ends)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
@@ -74,67 +60,54 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     return {ends} if isinstance(ends, int) else set(ends)
 
 
-class Sampler:
-    """Chooses tokens from logits; two of the same seed choose alike."""
+class CachedModel:
+    """Runs a model on one sequence, whose keys and values it keeps. forward: as for `generate`."""
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+    def __init__(self, model: PreTrainedModel, forward: Callable[..., Any] | None = None) -> None:
+        from transformers import DynamicCache
 
-    def __call__(self, logits: torch.Tensor) -> int:
-        """Return the number of a token. logits: [vocabulary]."""
-        if self._sampling.temperature == 0:
-            return int(logits.argmax().item())
-        # The most likely token stays finite however small the temperature is.
-        logits = (logits.double() - logits.max()) / self._sampling.temperature
-        probabilities, tokens = logits.softmax(-1).sort(descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= self._sampling.top_p, 0)
-        drawn = torch.multinomial(probabilities, 1, generator=self._generator)
-        return int(tokens[drawn].item())
+        self._cache = DynamicCache(config=model.config)
+        self._device = model.device
+        self._forward = forward or model
+        # Most models can leave out the logits of all positions but the last.
+        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Sequence[int], *, all_logits: bool = False) -> Tensor:
+        """Return the logits behind the last of some more tokens, [1, V], or behind each, [len(token_ids), V]."""
+        kept = {"logits_to_keep": 1} if self._keeps_last and not all_logits else {}
+        ids = torch.tensor([token_ids], device=self._device)
+        result = self._forward(input_ids=ids, past_key_values=self._cache, use_cache=True, **kept)
+        logits: Tensor = result.logits[0]
+        return (logits if all_logits else logits[-1:]).cpu()
 
 
-def _tokens(
-    model: PreTrainedModel, prompt_ids: list[int], limit: int, choose: Sampler, forward: Callable[..., Any]
-) -> Iterator[int]:
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    # Most models can leave out the logits of all positions but the last.
-    takes_part = "logits_to_keep" in inspect.signature(model.forward).parameters
-    kept: dict[str, int] = {"logits_to_keep": 1} if takes_part else {}
-    ends = end_tokens(model)
+def _tokens(run: CachedModel, prompt_ids: list[int], limit: int, state: SamplingState, ends: set[int]) -> Iterator[int]:
     new_ids = prompt_ids
     for _ in range(limit):
-        ids = torch.tensor([new_ids], device=model.device)
-        token = choose(_last_logits(forward, ids, cache, kept))
+        token = sample(run(new_ids), [state])[0].token_id
+        state.add(token)
         yield token
         if token in ends:
             return
         new_ids = [token]
 
 
-# Not around the loop: a generator would leave its caller without gradients between two tokens.
-@torch.no_grad()
-def _last_logits(forward: Callable[..., Any], ids: torch.Tensor, cache: object, kept: dict[str, int]) -> torch.Tensor:
-    result = forward(input_ids=ids, past_key_values=cache, use_cache=True, **kept)
-    logits: torch.Tensor = result.logits[0, -1].cpu()
-    return logits
+def token_limit(model: PreTrainedModel, prompt_ids: Sequence[int], max_tokens: int | None) -> int:
+    """Return how many tokens may follow a prompt; max_tokens None: as many as there are positions for.
 
-
-def _token_limit(model: PreTrainedModel, prompt_ids: Sequence[int], max_tokens: int) -> int:
-    """Return how many tokens may be generated."""
+    ValueError: no prompt, max_tokens below 1, no position is left, or nothing ends the tokens.
+    """
     if not prompt_ids:
         raise ValueError("the prompt has no tokens")
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}; it must be 1 or more")
     positions = model.config.get_text_config().to_dict().get("max_position_embeddings")
     if positions is None:
+        if max_tokens is None:
+            raise ValueError("max_tokens is None, and the model has no last position; give a number")
         return max_tokens
-    if len(prompt_ids) >= positions:
+    left = int(positions) - len(prompt_ids)
+    if left < 1:
         raise ValueError(f"the prompt has {len(prompt_ids)} tokens; the model has {positions} positions")
-    return min(max_tokens, int(positions) - len(prompt_ids))
+    return left if max_tokens is None else min(max_tokens, left)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ktcompile.config import DeviceOptions
-from ktcompile.engine.detokenizer import IncrementalText
-from ktcompile.engine.generate import end_tokens, generate_to_end
-from ktcompile.engine.outputs import CompletionOutput, RequestOutput, SamplingParams
+from ktcompile.engine.completion import Completion, with_texts
+from ktcompile.engine.generate import CachedModel, end_tokens, token_limit
+from ktcompile.engine.outputs import CompletionOutput, Logprobs, RequestOutput
+from ktcompile.engine.sampler import prompt_logprobs, sample
+from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.models import hf_experts, placed
 from ktcompile.models.load import load, locate
 from ktcompile.models.packed_cache import AUTO
@@ -67,15 +69,21 @@ class LLM:
         several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = _params_of_each(sampling_params, len(several))
         requests = [self._tokens_of(prompt) for prompt in several]
+        for each in params:
+            each.check_vocabulary(self._vocabulary)
         try:
             with self._recording.running():
-                return [self._answer(*request, p) for request, p in zip(requests, params, strict=True)]
+                return [self._answers(*request, p) for request, p in zip(requests, params, strict=True)]
         finally:
             self._recording.save()
 
     def expert_metrics(self) -> ExpertMetrics:
         """Return where the model's experts are and what they did. ValueError: they are not on a device."""
         return placed.expert_metrics(self.model)
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Return the text of a prompt, if it has one, and its tokens."""
@@ -85,19 +93,36 @@ class LLM:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
         if ids is None:
             raise ValueError(f"{prompt!r} is no prompt; give a text or {{'prompt_token_ids': [...]}}")
-        size = self.model.get_input_embeddings().get_parameter("weight").shape[0]
+        size = self._vocabulary
         ids = [int(token) for token in ids]
         wrong = [token for token in ids if not 0 <= token < size]
         if wrong:
             raise ValueError(f"prompt_token_ids has {wrong[0]}; the model's tokens are 0 to {size - 1}")
         return None, ids
 
-    @torch.no_grad()
-    def _answer(self, prompt: str | None, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
-        tokens = generate_to_end(self.model, prompt_ids, params.max_tokens, params.sampling)
-        text, ids, reason = _read(tokens, IncrementalText(self.tokenizer, prompt_ids), params, end_tokens(self.model))
-        completion = CompletionOutput(0, text, ids, reason)
-        return RequestOutput(str(next(self._numbers)), prompt, prompt_ids, [completion], finished=True)
+    def _answers(self, prompt: str | None, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+        """Return a prompt with its answers, one after the other."""
+        limit, ends = token_limit(self.model, prompt_ids, params.max_tokens), end_tokens(self.model)
+        answers: list[CompletionOutput] = []
+        of_prompt: list[Logprobs | None] | None = None
+        for index in range(params.n):
+            completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
+            run = CachedModel(self.model)
+            logits = run(prompt_ids, all_logits=params.prompt_logprobs is not None)
+            if params.prompt_logprobs is not None and of_prompt is None:
+                of_prompt = self._prompt_logprobs(logits, prompt_ids, params.prompt_logprobs)
+            while True:
+                (sampled,) = sample(logits[-1:], [completion.state])
+                completion.add(sampled)
+                if completion.finish_reason is not None:
+                    break
+                logits = run([sampled.token_id])
+            answers.append(completion.output())
+        return RequestOutput(str(next(self._numbers)), prompt, prompt_ids, answers, True, prompt_logprobs=of_prompt)
+
+    def _prompt_logprobs(self, logits: Tensor, prompt_ids: list[int], count: int) -> list[Logprobs | None]:
+        found = prompt_logprobs(logits, prompt_ids, count)
+        return [None if logprobs is None else with_texts(self.tokenizer, logprobs) for logprobs in found]
 
 
 def _params_of_each(given: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> Sequence[SamplingParams]:
@@ -106,26 +131,3 @@ def _params_of_each(given: SamplingParams | Sequence[SamplingParams] | None, pro
     if len(given) != prompts:
         raise ValueError(f"there are {len(given)} sampling_params for {prompts} prompts; give one, or one for each")
     return given
-
-
-def _read(
-    tokens: Iterator[int], text: IncrementalText, params: SamplingParams, ends: set[int]
-) -> tuple[str, list[int], str]:
-    """Return the text, the tokens and why they ended."""
-    written, ids = "", list[int]()
-    for token in tokens:
-        ids.append(token)
-        if token in ends:
-            return written + text.end(), ids, "stop"
-        written += text.add(token)
-        cut = _stop(written, params.stop_texts)
-        if cut is not None:
-            return written[:cut], ids, "stop"
-    written += text.end()
-    cut = _stop(written, params.stop_texts)
-    return (written, ids, "length") if cut is None else (written[:cut], ids, "stop")
-
-
-def _stop(text: str, stops: Sequence[str]) -> int | None:
-    """Return where the first of some texts begins in `text`, None if none is in it."""
-    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)

@@ -2,67 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from ktcompile.engine.generate import Sampling
+# "stop": at a token or a text that ends an answer. "length": at max_tokens, or where the model's positions end.
+# "abort": it was cancelled. "timeout": at its deadline. "error": it could not go on.
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the tokens of an answer are chosen, and where it ends.
+class Logprob:
+    """How likely a token was. rank: 1 for the likeliest. decoded_token: its text."""
 
-    max_tokens: at most so many. temperature: 0 takes the likeliest token. top_p: only the likeliest tokens that
-    together have this probability are drawn from. seed: None draws a new one. stop: texts before which the answer
-    ends; they are no part of it.
-    """
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
 
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
 
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be 1 or more")
-        if not all(self.stop_texts):
-            raise ValueError(f"stop is {self.stop!r}; an empty text would end every answer")
-        assert self.sampling  # which checks the others
-
-    @property
-    def stop_texts(self) -> tuple[str, ...]:
-        """The texts of `stop`."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
-    def sampling(self) -> Sampling:
-        """What the generation loop takes."""
-        return Sampling(self.temperature, self.top_p, self.seed)
+# By token: of the one that was chosen, and of others.
+Logprobs = dict[int, Logprob]
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
     """An answer. token_ids: all that were generated, that which ended it included. text: without what ended it.
 
-    finish_reason: "stop", at a token or a text that ends it, or "length", where max_tokens or the model's positions
-    do.
+    cumulative_logprob, logprobs: of its tokens, the sum and one for each; None: they were not asked for.
+    finish_reason: why it ended; None: it has not. stop_reason: the text or the token of the request's that ended it;
+    None: another reason, or a token of the model's.
     """
 
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str
+    cumulative_logprob: float | None = None
+    logprobs: list[Logprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request with its answers. prompt: its text; None: it was given as tokens."""
+    """A request with its answers. prompt: its text; None: it was given as tokens.
+
+    prompt_logprobs: one for each token of the prompt, None for the first; None: they were not asked for.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[Logprobs | None] | None = None

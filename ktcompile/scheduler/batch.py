@@ -1,0 +1,38 @@
+"""What one step of the engine computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions [begin, end) of one request.
+
+    token_ids: of these positions. block_table: the blocks of positions [0, end) and perhaps of some behind.
+    logits_from: the logits of [logits_from, end) are wanted; `end` where none are. samples: the last of them gives
+    the next token.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    begin: int
+    block_table: tuple[int, ...]
+    logits_from: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is computed together, the oldest request first. preempted: requests that gave up their blocks for it."""
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.chunks)

@@ -1,0 +1,65 @@
+"""The rules by which the scheduler chooses, as functions of plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ktcompile.kv.layout import blocks_for
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """Limits of what is served at a time.
+
+    max_num_seqs: sequences that are computed. max_num_batched_tokens: tokens of a step. max_model_len: positions of a
+    sequence. block_size: positions of a block of keys and values. chunk_size: a prefill is cut at multiples of it
+    alone, counted from position 0, whatever else runs. max_queued_requests, max_queued_tokens: what may wait, in
+    number and in tokens to compute.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 32768
+    block_size: int = 64
+    chunk_size: int = 256
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        least = self.max_num_seqs - 1 + self.chunk_size
+        if self.max_num_batched_tokens < least:
+            raise ValueError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be {least} or more, so that each of "
+                f"{self.max_num_seqs} sequences has its token and a prompt still has a chunk of {self.chunk_size}"
+            )
+
+
+def prefill_end(computed: int, total: int, budget: int, chunk_size: int) -> int:
+    """Return the position before which a prefill ends in this step: `total`, or a multiple of `chunk_size`.
+
+    It is `computed`, nothing, where the budget does not reach to the next of these.
+    """
+    if total - computed <= budget:
+        return total
+    return max(computed, (computed + budget) // chunk_size * chunk_size)
+
+
+def may_start(num_tokens: int, num_free: int, num_running: int, block_size: int) -> bool:
+    """Return whether a request of `num_tokens` may have blocks now.
+
+    It gets the blocks of all its tokens. One block for each request that runs is left over, since it would otherwise
+    be preempted as soon as one of these comes to the end of its last block. So nobody begins in a step that preempts:
+    who was preempted last waits first, and fewer blocks are free than it gave up.
+    """
+    return blocks_for(num_tokens, block_size) + num_running <= num_free
+
+
+def seconds_until(tokens: int, tokens_per_second: float | None) -> float:
+    """Return how long `tokens` take, from 1 to 60 s; 1 s where nothing was measured yet."""
+    if tokens_per_second is None:
+        return 1.0
+    return min(60.0, max(1.0, tokens / tokens_per_second))

@@ -1,0 +1,254 @@
+"""Continuous batching, first come, first served.
+
+There are no phases: a request runs until its computed tokens catch up with its tokens, of which sampling adds one at a
+time. What the rules give (tests/test_scheduler_worlds.py):
+
+- Each request that decodes has its token in each step, and the oldest prompt has a chunk beside them.
+- First tokens come in the order of arrival: a prompt has tokens of a step only where all older ones end in it.
+- A request that needs a block where none is free gets one of the youngest that runs, which waits again, ahead of all
+  that never ran, and computes its tokens anew. So the oldest always goes on, and each request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+from ktcompile.kv.block_pool import BlockPool
+from ktcompile.kv.layout import blocks_for
+from ktcompile.scheduler.batch import Chunk, Step
+from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until
+from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
+
+# How much the newest step counts in the measured speed of prompts.
+_WEIGHT_OF_NEWEST = 0.2
+
+
+class Scheduler:
+    """Decides what each step computes. One thread calls it: `schedule`, the step, `update`, and again.
+
+    `add`, `cancel`, `finish` and `expire` may be called between any two of these; a request that ends while its step
+    runs keeps its blocks until `update`. clock: seconds, from any origin.
+    """
+
+    def __init__(self, options: SchedulerOptions, pool: BlockPool, clock: Callable[[], float]) -> None:
+        self._options = options
+        self._pool = pool
+        self._clock = clock
+        # Both in order of arrival; all that run arrived before all that wait.
+        self._running: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._requests: dict[str, Request] = {}
+        self._step: Step | None = None
+        self._step_begin = 0.0
+        # Requests that ended during a step, whose blocks it may still write to.
+        self._leaving: list[Request] = []
+        self._prompt_rate: float | None = None  # tokens per second
+        self.num_preemptions = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Tokens of waiting requests that have to be computed."""
+        return sum(request.num_uncomputed_tokens for request in self._waiting)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        deadline: float | None = None,
+        prompt_logits: bool = False,
+    ) -> None:
+        """Let a request wait for its turn.
+
+        max_tokens: it is finished when it has so many, at the latest. deadline: by the clock. prompt_logits: those of
+        all positions of the prompt are wanted. RequestTooLongError: it would fit at no time. QueueFullError: not now.
+        ValueError: no prompt, max_tokens below 1, or an id that another request has.
+        """
+        if request_id in self._requests or any(request_id == leaving.request_id for leaving in self._leaving):
+            raise ValueError(f"request {request_id!r} is served already; give each its own id")
+        if not prompt_token_ids:
+            raise ValueError("the prompt has no tokens")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be 1 or more")
+        self._check_length(len(prompt_token_ids), max_tokens)
+        self._check_queue(len(prompt_token_ids))
+        first = 0 if prompt_logits else len(prompt_token_ids) - 1
+        request = Request(request_id, list(prompt_token_ids), max_tokens, first, deadline)
+        self._requests[request_id] = request
+        self._waiting.append(request)
+
+    def finish(self, request_id: str) -> None:
+        """End a request, whatever it does. KeyError: there is none with this id, or it ended."""
+        request = self._requests.pop(request_id)
+        if request in self._waiting:
+            self._waiting.remove(request)
+            return
+        self._running.remove(request)
+        if self._step is None:
+            self._pool.release(request.block_table)
+        else:
+            self._leaving.append(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request that may have ended already, and return whether it had not."""
+        if request_id not in self._requests:
+            return False
+        self.finish(request_id)
+        return True
+
+    def expire(self) -> list[str]:
+        """End all requests whose deadline is over, and return which; call it before `schedule`."""
+        now = self._clock()
+        late = [r.request_id for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
+        for request_id in late:
+            self.finish(request_id)
+        return late
+
+    def schedule(self) -> Step | None:
+        """Return the next step; None: no request is left."""
+        assert self._step is None, "the last step has no update yet"
+        if not self._requests:
+            return None
+        self._step_begin = self._clock()
+        preempted: list[str] = []
+        chunks, budget = self._continue_running(preempted)
+        chunks += self._start_waiting(budget)
+        assert chunks, "requests are left and none goes on"
+        self._step = Step(tuple(chunks), tuple(preempted))
+        return self._step
+
+    def update(self, sampled: Mapping[str, int]) -> None:
+        """Take in what the step computed.
+
+        sampled: the next token of each chunk that samples; one of a request that ended meanwhile is ignored. `finish`
+        the requests that end with it before the next `schedule`, those that have max_tokens now among them.
+        """
+        assert self._step is not None, "there is no step to update"
+        step, self._step = self._step, None
+        for left in self._leaving:
+            self._pool.release(left.block_table)
+        self._leaving.clear()
+        self._measure(step)
+        for chunk in step.chunks:
+            request = self._requests.get(chunk.request_id)
+            if request is None:
+                continue
+            request.num_computed_tokens = chunk.end
+            request.logits_from = max(request.logits_from, chunk.end)
+            if chunk.samples:
+                assert request.num_output_tokens < request.max_tokens, f"{request.request_id!r} was to be finished"
+                request.token_ids.append(sampled[chunk.request_id])
+
+    def _continue_running(self, preempted: list[str]) -> tuple[list[Chunk], int]:
+        """Return chunks of requests that run, and how many tokens prompts behind them may have; add to `preempted`."""
+        chunks: list[Chunk] = []
+        # The tokens of those that decode are set aside.
+        budget = self._options.max_num_batched_tokens - sum(request.decodes for request in self._running)
+        position = 0
+        # The list becomes shorter at its end: blocks go to the oldest first, so what is preempted has no chunk yet.
+        while position < len(self._running):
+            request = self._running[position]
+            position += 1
+            chunk: Chunk | None = None
+            if not request.decodes:
+                chunk, budget = self._prefill(request, budget)
+            elif self._grow(request, preempted):
+                chunk = _chunk(request, len(request.token_ids))
+            chunks += [chunk] if chunk else []
+        return chunks, budget
+
+    def _start_waiting(self, budget: int) -> list[Chunk]:
+        """Let waiting requests run while there is room, and return their first chunks."""
+        options, chunks = self._options, list[Chunk]()
+        while self._waiting and self.num_running < options.max_num_seqs:
+            request, total = self._waiting[0], len(self._waiting[0].token_ids)
+            fits = may_start(total, self._pool.num_free, self.num_running, options.block_size)
+            if not fits or not prefill_end(0, total, budget, options.chunk_size):
+                break
+            blocks = self._pool.take(blocks_for(total, options.block_size))
+            assert blocks is not None
+            request.block_table = blocks
+            self._running.append(self._waiting.popleft())
+            chunk, budget = self._prefill(request, budget)
+            assert chunk is not None
+            chunks.append(chunk)
+        return chunks
+
+    def _prefill(self, request: Request, budget: int) -> tuple[Chunk | None, int]:
+        """Return the next chunk of a prompt, and the tokens left for younger ones: none where it does not end."""
+        computed, total = request.num_computed_tokens, len(request.token_ids)
+        end = prefill_end(computed, total, budget, self._options.chunk_size)
+        return _chunk(request, end) if end > computed else None, budget - (end - computed) if end == total else 0
+
+    def _grow(self, request: Request, preempted: list[str]) -> bool:
+        """Give a request the block of its last token, and return whether it still runs."""
+        if blocks_for(len(request.token_ids), self._options.block_size) == len(request.block_table):
+            return True
+        while (blocks := self._pool.take(1)) is None:
+            youngest = self._running.pop()
+            self._preempt(youngest)
+            preempted.append(youngest.request_id)
+            if youngest is request:
+                return False
+        request.block_table += blocks
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._pool.release(request.block_table)
+        request.block_table, request.num_computed_tokens = [], 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.appendleft(request)
+
+    def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        options = self._options
+        asked = f"{num_prompt_tokens} tokens of the prompt and max_tokens {max_tokens} are"
+        longest = num_prompt_tokens + max_tokens
+        if longest > options.max_model_len:
+            raise RequestTooLongError(f"{asked} {longest} positions; the model has {options.max_model_len}")
+        # The last token is sampled and not computed.
+        blocks = blocks_for(longest - 1, options.block_size)
+        if blocks > self._pool.num_blocks:
+            size = f"{self._pool.num_blocks} of {options.block_size} positions"
+            raise RequestTooLongError(f"{asked} {blocks} blocks of keys and values; there are {size}")
+
+    def _check_queue(self, num_tokens: int) -> None:
+        options, queued = self._options, self.num_queued_tokens
+        full = self.num_waiting >= options.max_queued_requests
+        if not full and (not queued or queued + num_tokens <= options.max_queued_tokens):
+            return
+        ahead = queued + sum(request.num_uncomputed_tokens for request in self._running)
+        waiting = f"{self.num_waiting} requests with {queued} tokens wait"
+        limits = f"{options.max_queued_requests} and {options.max_queued_tokens} may"
+        raise QueueFullError(f"{waiting}; {limits}", seconds_until(ahead, self._prompt_rate))
+
+    def _measure(self, step: Step) -> None:
+        """Note how fast prompts are computed."""
+        seconds = self._clock() - self._step_begin
+        if seconds <= 0 or all(len(chunk.token_ids) == 1 for chunk in step.chunks):
+            return
+        rate = step.num_tokens / seconds
+        before = rate if self._prompt_rate is None else self._prompt_rate
+        self._prompt_rate = before + _WEIGHT_OF_NEWEST * (rate - before)
+
+
+def _chunk(request: Request, end: int) -> Chunk:
+    begin = request.num_computed_tokens
+    return Chunk(
+        request.request_id,
+        tuple(request.token_ids[begin:end]),
+        begin,
+        tuple(request.block_table),
+        logits_from=min(end, max(begin, request.logits_from)),
+        samples=end == len(request.token_ids),
+    )

@@ -1,0 +1,288 @@
+"""The scheduler: each rule by itself, and a state machine that does anything at any time."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.serving import Client, World
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ktcompile.kv.block_pool import BlockPool
+from ktcompile.scheduler.policy import SchedulerOptions, prefill_end, seconds_until
+from ktcompile.scheduler.request import QueueFullError, RequestTooLongError
+from ktcompile.scheduler.scheduler import Scheduler
+
+OPTIONS = SchedulerOptions(
+    max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, block_size=4, chunk_size=8, max_queued_requests=8
+)
+
+
+def world(num_blocks: int = 64, **changes: int) -> World:
+    options = {name: getattr(OPTIONS, name) for name in SchedulerOptions.__slots__} | changes
+    return World(SchedulerOptions(**options), num_blocks)
+
+
+def client(order: int, prompt: int, length: int = 4, **others) -> Client:
+    return Client(order, [order * 1000 + i for i in range(prompt)], length, others.pop("max_tokens", length), **others)
+
+
+def ranges(world: World) -> dict[str, tuple[int, int]]:
+    """Return what one more step computes."""
+    world.begin_step()
+    found = {chunk.request_id: (chunk.begin, chunk.end) for chunk in world.step.chunks}
+    world.end_step()
+    return found
+
+
+def test_a_prompt_is_cut_at_multiples_of_the_chunk_alone():
+    one = world()
+    one.add(client(0, 37, 2))
+    assert [ranges(one)["r0"] for _ in range(4)] == [(0, 16), (16, 32), (32, 37), (37, 38)]
+
+
+def test_decodes_and_a_prompt_share_a_step():
+    one = world()
+    for order in range(2):
+        one.add(client(order, 3, 20))
+    assert ranges(one) == {"r0": (0, 3), "r1": (0, 3)}
+    one.add(client(2, 30))
+    # 14 tokens are left, which reach one multiple of 8.
+    assert ranges(one) == {"r0": (3, 4), "r1": (3, 4), "r2": (0, 8)}
+    assert ranges(one) == {"r0": (4, 5), "r1": (4, 5), "r2": (8, 16)}
+
+
+def test_a_younger_prompt_has_tokens_where_all_older_ones_end():
+    one = world()
+    one.add(client(0, 12))
+    one.add(client(1, 6))
+    one.add(client(2, 3))
+    # 4 tokens are left behind the first; 6 do not fit, and 3 would be before their turn.
+    assert ranges(one) == {"r0": (0, 12)}
+    assert ranges(one) == {"r0": (12, 13), "r1": (0, 6), "r2": (0, 3)}
+
+
+def test_no_more_run_than_may():
+    one = world()
+    for order in range(6):
+        one.add(client(order, 2, 2))
+    assert list(ranges(one)) == ["r0", "r1", "r2", "r3"]
+    assert (one.scheduler.num_running, one.scheduler.num_waiting, one.scheduler.num_queued_tokens) == (4, 2, 4)
+    ranges(one)
+    assert list(ranges(one)) == ["r4", "r5"]
+
+
+def test_the_youngest_gives_up_its_blocks_and_goes_on_later():
+    one = world(num_blocks=5)
+    one.add(client(0, 7, 8))
+    one.add(client(1, 5, 8))
+    one.add(client(2, 4, 2))
+    # A block beside those of the prompt is left for each that runs, so the third waits.
+    assert ranges(one) == {"r0": (0, 7), "r1": (0, 5)}
+    ranges(one)
+    ranges(one)  # now the first has 3 blocks and the second 2
+    one.begin_step()
+    assert one.step.preempted == ()
+    one.end_step()
+    preempted = []
+    while one.left:
+        one.begin_step()
+        preempted += one.step.preempted
+        one.end_step()
+        one.check_pool()
+    assert preempted == ["r1"]
+    assert one.first_tokens == [0, 1, 2]
+    for each in one.clients.values():
+        one.check_client(each)
+
+
+def test_nobody_begins_in_a_step_that_preempts():
+    one = world(num_blocks=4)
+    one.add(client(0, 8, 8))
+    one.add(client(1, 3, 8))
+    ranges(one)
+    one.add(client(2, 1, 1))
+    one.begin_step()
+    assert (one.step.preempted, [c.request_id for c in one.step.chunks]) == ((), ["r0", "r1"])
+    one.end_step()
+    while not one.step or not one.step.preempted:
+        if one.step:
+            one.end_step()
+        one.begin_step()
+    assert one.step.preempted == ("r1",) and one.scheduler.num_waiting == 2
+
+
+def test_what_ends_during_a_step_keeps_its_blocks_until_then():
+    one = world(num_blocks=4)
+    one.add(client(0, 7, 4))
+    one.begin_step()
+    one.cancel("r0")
+    assert one.pool.num_held == 2
+    with pytest.raises(ValueError, match="'r0' is served already"):
+        one.add(client(0, 3))
+    one.end_step()
+    assert one.pool.num_held == 0
+    one.add(client(0, 3, 1))
+    assert ranges(one) == {"r0": (0, 3)}
+    assert not one.scheduler.cancel("r0")
+    with pytest.raises(KeyError):
+        one.scheduler.finish("r0")
+
+
+def test_logits_are_wanted_of_the_last_position_or_of_all():
+    one = world()
+    one.add(client(0, 12, 3))
+    one.add(client(1, 12, 3, prompt_logits=True))
+    one.finish()
+    assert one.clients["r0"].logits == [11, 12, 13]
+    assert one.clients["r1"].logits == list(range(14))
+
+
+def test_a_deadline_ends_what_waits_and_what_runs():
+    one = world(max_num_seqs=1)
+    one.add(client(0, 3, 9, deadline=5.0))
+    one.add(client(1, 3, 9, deadline=5.0))
+    one.add(client(2, 3, 9, deadline=6.0))
+    assert list(ranges(one)) == ["r0"]
+    one.now = 4.9
+    assert one.scheduler.expire() == []
+    one.now = 5.0
+    assert ranges(one) == {"r2": (0, 3)}
+    assert [each.ended for each in one.clients.values()] == ["expired", "expired", None]
+
+
+def test_a_queue_has_an_end():
+    one = world(max_num_seqs=1, max_queued_tokens=20)
+    one.add(client(0, 8, 9))
+    ranges(one)
+    one.add(client(1, 30))  # alone, whatever the limit is
+    with pytest.raises(QueueFullError, match=r"1 requests with 30 tokens wait; 8 and 20 may; try again in about 1 s"):
+        one.add(client(2, 1))
+    other = world(max_num_seqs=1)
+    for order in range(8):
+        other.add(client(order, 2))
+    with pytest.raises(QueueFullError, match="8 requests with 16 tokens wait"):
+        other.add(client(8, 2))
+    assert other.scheduler.num_waiting == 8
+
+
+def test_when_to_try_again_is_what_waits_by_the_speed_of_prompts():
+    one = world(max_num_seqs=1, max_queued_requests=2)
+    one.add(client(0, 16, 20))
+    one.begin_step()
+    one.now += 2.0  # 8 tokens a second
+    one.end_step()
+    one.begin_step()
+    one.now += 50.0  # a decode says nothing about prompts
+    one.end_step()
+    for order in (1, 2):
+        one.add(client(order, 40))
+    with pytest.raises(QueueFullError) as full:
+        one.add(client(3, 1))
+    assert full.value.retry_after == pytest.approx((80 + 1) / 8)
+    assert [seconds_until(n, 8.0) for n in (1, 80, 8000)] == [1, 10, 60]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "words"),
+    [
+        (60, 5, "60 tokens of the prompt and max_tokens 5 are 65 positions; the model has 64"),
+        (14, 4, "14 tokens of the prompt and max_tokens 4 are 5 blocks of keys and values; there are 4 of 4 positions"),
+    ],
+)
+def test_what_would_never_fit_is_refused(prompt, max_tokens, words):
+    one = world(num_blocks=4)
+    with pytest.raises(RequestTooLongError, match=words):
+        one.add(client(0, prompt, max_tokens))
+    one.add(client(0, 13, 4))  # the last token has no keys
+    one.finish()
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens", "words"), [(0, 1, "no tokens"), (1, 0, "max_tokens is 0")])
+def test_requests_that_are_none(prompt, max_tokens, words):
+    scheduler = Scheduler(OPTIONS, BlockPool(4), lambda: 0.0)
+    with pytest.raises(ValueError, match=words):
+        scheduler.add("r", [1] * prompt, max_tokens)
+    assert scheduler.schedule() is None
+
+
+def test_options_that_would_starve_prompts_are_refused():
+    with pytest.raises(ValueError, match="max_num_batched_tokens is 16; it must be 17 or more"):
+        world(max_num_seqs=10)
+    with pytest.raises(ValueError, match="block_size is 0"):
+        world(block_size=0)
+
+
+def test_where_a_prefill_ends():
+    assert [prefill_end(0, 20, budget, 8) for budget in (0, 7, 8, 15, 16, 19, 20)] == [0, 0, 8, 8, 16, 16, 20]
+    assert [prefill_end(5, 20, budget, 8) for budget in (2, 3, 14, 15)] == [5, 8, 16, 20]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Clients come, cancel and time out, between steps and during them. The checks are those of `World`."""
+
+    @initialize(
+        num_blocks=st.integers(2, 10),
+        seqs=st.integers(1, 4),
+        chunk=st.sampled_from([1, 3, 4, 8]),
+        extra=st.integers(0, 9),
+    )
+    def begin(self, num_blocks, seqs, chunk, extra):
+        self.world = world(
+            num_blocks, max_num_seqs=seqs, chunk_size=chunk, max_num_batched_tokens=seqs - 1 + chunk + extra
+        )
+        self.orders = 0
+
+    @rule(
+        prompt=st.integers(1, 30),
+        length=st.integers(1, 12),
+        spare=st.integers(0, 4),
+        patience=st.none() | st.integers(1, 20),
+        prompt_logits=st.booleans(),
+    )
+    def add(self, prompt, length, spare, patience, prompt_logits):
+        deadline = None if patience is None else self.world.now + patience
+        new = client(
+            self.orders, prompt, length, max_tokens=length + spare, deadline=deadline, prompt_logits=prompt_logits
+        )
+        try:
+            self.world.add(new)
+        except RequestTooLongError:
+            assert prompt + length + spare - 1 > self.world.pool.num_blocks * self.world.options.block_size
+        except QueueFullError as full:
+            assert self.world.scheduler.num_waiting == OPTIONS.max_queued_requests
+            assert 1 <= full.retry_after <= 60
+        self.orders += 1
+
+    @precondition(lambda self: self.world.clients)
+    @rule(data=st.data())
+    def cancel(self, data):
+        self.world.cancel(data.draw(st.sampled_from(list(self.world.clients))))
+
+    @rule(seconds=st.integers(1, 5))
+    def wait(self, seconds):
+        self.world.now += seconds
+
+    @precondition(lambda self: self.world.step is None)
+    @rule()
+    def begin_step(self):
+        self.world.begin_step()
+
+    @precondition(lambda self: self.world.step is not None)
+    @rule()
+    def end_step(self):
+        self.world.end_step()
+
+    @invariant()
+    def blocks_are_conserved(self):
+        self.world.check_pool()
+
+    def teardown(self):
+        if self.world.step is not None:
+            self.world.end_step()
+        self.world.finish()
+        assert self.world.first_tokens == sorted(self.world.first_tokens)
+        for each in self.world.clients.values():
+            self.world.check_client(each)
+
+
+TestScheduler = SchedulerMachine.TestCase
