@@ -294,8 +294,8 @@ void test_store_kv() {
         std::vector<std::int8_t> codes(slots * heads * (size + gap), -128);
         std::vector<float> scales(slots * heads * (size / group + gap), NAN);
         const auto strides = [](std::size_t row) {
-          const auto one = static_cast<std::ptrdiff_t>(row + gap);
-          return kt::attention_strides{3 * heads * one, one, heads * one};
+          const auto one = static_cast<std::ptrdiff_t>(row + gap), position = static_cast<std::ptrdiff_t>(heads) * one;
+          return kt::attention_strides{3 * position, one, position};
         };
         kt::store_kv_arguments a;
         a.tokens = tokens, a.heads = heads, a.size = size, a.group = group;
