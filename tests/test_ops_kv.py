@@ -322,3 +322,12 @@ def test_blocks_of_codes_are_poisoned() -> None:
     codes = torch.zeros(1, 1, 5, 4, dtype=torch.int8)
     blocks = in_blocks(codes, [5], torch.tensor([[1, 0]], dtype=torch.int32), 4)
     assert (blocks == -128).sum() == blocks.numel() - codes.numel()
+
+
+def test_storage_has_the_elements_of_a_row_together() -> None:
+    rows, slots = torch.zeros(2, 2, 64), torch.tensor([3, 4])
+    codes, scales = torch.zeros(2, 16, 2, 64, dtype=torch.int8), torch.zeros(2, 16, 2, 4)
+    columns_first = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (codes, scales)]
+    for storage in ((columns_first[0], scales), (codes, columns_first[1])):
+        with pytest.raises(ValueError, match="do not lie together"):
+            store_kv(rows, slots, *storage)

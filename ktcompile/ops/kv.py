@@ -27,8 +27,8 @@ LIBRARY.define(
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """What keys and values are stored as. group: elements of a row that share a scale, for int8; where rows are no
-    multiple of it, all of a row does."""
+    """What keys and values are stored as. group: elements of a row that share a scale, for int8: all of them where it
+    is 0 or does not divide the row."""
 
     name: str
     dtype: torch.dtype
@@ -38,7 +38,7 @@ class KVFormat:
         """Return how many scales a row of `size` elements has."""
         if self.dtype != torch.int8:
             return 0
-        return 1 if size % self.group else size // self.group
+        return size // self.group if self.group and size % self.group == 0 else 1
 
     def row_bytes(self, size: int) -> int:
         """Return the bytes of a row of `size` elements with its scales."""
@@ -98,8 +98,8 @@ class PagedKV:
     def store(self, key_TJD: Tensor, value_TJV: Tensor | None, slot_mapping: Tensor) -> None:
         """Write the rows of tokens into their slots, quantised where storage is int8.
 
-        value_TJV: None where values are a part of keys. slot_mapping: int64 [T]; a negative slot is left out, and of
-        tokens with one slot any may win. ValueError: a shape, dtype or slot cannot be.
+        value_TJV: None where values are a part of keys. slot_mapping: int64 [T]; a negative slot is left out, and
+        no other may be there twice. ValueError: a shape, dtype or slot cannot be.
         """
         store_kv(key_TJD, slot_mapping, self.key, self.key_scales)
         if value_TJV is not None:
@@ -125,13 +125,13 @@ class PagedKV:
 def store_kv(rows_TJD: Tensor, slot_mapping: Tensor, blocks_NPJD: Tensor, scales_NPJG: Tensor | None = None) -> None:
     """Write rows of keys or of values into their slots of storage in blocks, quantised where that is int8.
 
-    rows: fp32, fp16 or bf16. slot_mapping: int64 [T], block * P + position; negative: not stored. scales: float32, for
-    int8. Each group of a row becomes m / 127, m its largest magnitude, and its elements times 127 / m, rounded to the
-    nearest, halves to even, all in fp32; below 2**-100 it is zero, and where an element is not finite its scale is NaN.
-    ValueError: a shape, dtype or slot cannot be.
+    rows: fp32, fp16 or bf16. slot_mapping: int64 [T], block * P + position, none twice; negative: not stored. scales:
+    float32 [N, P, J, G] for int8, those of a row together. The scale of a group is m / 127, m its largest magnitude,
+    its codes are its elements times 127 / m, rounded to the nearest, halves to even, all in fp32; below 2**-100 both
+    are zero, and where an element is not finite the scale is NaN. ValueError: a shape, dtype or slot cannot be.
     """
     _check(rows_TJD, slot_mapping, blocks_NPJD)
-    scales_NPJG = check_scales("the storage", blocks_NPJD, scales_NPJG)
+    check_scales("the storage", blocks_NPJD, scales_NPJG)
     if scales_NPJG is not None:
         torch.ops.kt.store_kv(rows_TJD, slot_mapping, blocks_NPJD, scales_NPJG)
         return
