@@ -41,7 +41,7 @@ FAMILIES = {
     "deepseek_v3": Fused(1, 2),
     "glm4_moe": Fused(1, 2),
     "gpt_oss": Fused(2, 2, implementation="kt"),
-    "ernie4_5_moe": Fused(1, 2),
+    "dots1": Fused(1, 2),
     "granitemoe": Fused(2, 2),
     "qwen3_next": Fused(2, 1),
     "inkling2": Fused(0, 4, left_experts=2, implementation="eager"),
