@@ -213,9 +213,14 @@ class Context:
         Rotary embedding. shape: (sequences, positions, heads, elements of a head, how many of them are rotated). heads, out: (address, strides of sequence, position and head). cos, sin: addresses, of the type of heads. angle_strides: of sequence and position. norm: as of `norm`, or address 0.
         """
 
-    def attention(self, isa: str, heads: tuple[int, int, int], sizes: tuple[int, int], type: DType, kv_type: DType, query: tuple[int, int, int, int], key: tuple[int, int, int, int], value: tuple[int, int, int, int], out: tuple[int, int, int, int], counts: tuple[int, int, int, int, int], table: tuple[int, int, int], mask: tuple[tuple[int, int, int, int], MaskType], rule: tuple[bool, int, float, float, int]) -> None:
+    def attention(self, isa: str, heads: tuple[int, int, int], sizes: tuple[int, int], type: DType, kv_type: DType, query: tuple[int, int, int, int], key: tuple[int, int, int, int], value: tuple[int, int, int, int], out: tuple[int, int, int, int], counts: tuple[int, int, int, int, int], table: tuple[int, int, int], mask: tuple[tuple[int, int, int, int], MaskType], rule: tuple[bool, int, float, float, int], key_scales: tuple[tuple[int, int, int, int], int], value_scales: tuple[tuple[int, int, int, int], int]) -> None:
         """
-        Softmax attention. heads: (sequences, query heads, heads of keys). sizes: of a key, of a value. query, key, value, out: (address, strides of sequence, head and position). counts: (queries and positions of each sequence, position of the first query or -1, addresses or 0 of int64 query starts and lengths). table: (address or 0, stride, block size). mask: (as query, kind). rule: (causal, window, scale, softcap, address of sinks).
+        Softmax attention. heads: (sequences, query heads, heads of keys). sizes: of a key, of a value. query, key, value, out: (address, strides of sequence, head and position). counts: (queries and positions of each sequence, position of the first query or -1, addresses or 0 of int64 query starts and lengths). table: (address or 0, stride, block size). mask: (as query, kind). rule: (causal, window, scale, softcap, address of sinks). key_scales, value_scales: (as query, elements that share a scale, 0 where there are none); where there are, keys or values are int8, and kv_type says nothing.
+        """
+
+    def store_kv(self, isa: str, shape: tuple[int, int, int, int], type: DType, rows: tuple[int, int, int], slots: int, block_size: int, codes: tuple[int, int, int, int], scales: tuple[int, int, int, int]) -> None:
+        """
+        Quantises rows to int8. shape: (tokens, heads, elements of a row, elements that share a scale). rows: (address, stride of tokens, of heads). slots: address of int64, negative ones are left out. codes, scales: (address, strides of block, head and position).
         """
 
     def read_bandwidth(self, isa: str, bytes: int, repeats: int) -> float:

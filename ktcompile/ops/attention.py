@@ -14,15 +14,26 @@ from torch import Tensor
 
 from ktcompile import _native
 from ktcompile.machine import check_isa, machine
+from ktcompile.ops.attention_checks import (
+    check_blocks,
+    check_dense,
+    check_paged,
+    check_queries,
+    check_scales,
+    counts,
+    kv_dtype,
+)
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.threads import native_threads
 from ktcompile.quant import native_dtype
 
 for _schema in (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, Tensor? lengths, bool causal,"
-    " SymInt? first_position, SymInt? window, float? scale, float? softcap, str? isa) -> Tensor",
+    " SymInt? first_position, SymInt? window, float? scale, float? softcap, str? isa,"
+    " Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor",
     "paged_attention(Tensor query, Tensor key_blocks, Tensor value_blocks, Tensor block_table, Tensor lengths,"
-    " Tensor query_starts, Tensor? sinks, SymInt? window, float? scale, float? softcap, str? isa) -> Tensor",
+    " Tensor query_starts, Tensor? sinks, SymInt? window, float? scale, float? softcap, str? isa,"
+    " Tensor? key_scales=None, Tensor? value_scales=None) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -41,6 +52,8 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     isa: str | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(softcap(query @ key.mT * scale) + mask) @ value, [B, H, Q, V] in the dtype of `query`.
 
@@ -50,14 +63,30 @@ def attention(
     each head that takes weight and has no value. lengths: int [B], positions of each sequence that exist, S where None.
     causal: a query sees its own position and those before; its position is first_position plus its place, or, where
     that is None, the queries are the last ones of the sequence. window: it sees that many of them. scale: D**-0.5 where
-    None. softcap: scores become softcap * tanh(score / softcap). isa: whose kernels run; None is the best.
+    None. softcap: scores become softcap * tanh(score / softcap). isa: whose kernels run; None is the best. key_scales,
+    value_scales: float32 [B, J, S, G] where keys and values are int8 codes (`ktcompile.ops.kv`): G scales for a row,
+    each of D // G elements, which is all of them or a multiple of 16. The bits are those of the fp32 keys and values
+    that codes times scales are.
 
     A query that sees nothing gets zeros. What a query gets depends on itself and the keys that it sees alone, bit for
     bit: not on other queries and sequences, on the number of threads, or on where and in what steps keys are stored.
     ValueError: a shape, dtype or value cannot be used.
     """
     result: Tensor = torch.ops.kt.attention(
-        query, key, value, mask, sinks, lengths, causal, first_position, window, scale, softcap, isa
+        query,
+        key,
+        value,
+        mask,
+        sinks,
+        lengths,
+        causal,
+        first_position,
+        window,
+        scale,
+        softcap,
+        isa,
+        key_scales,
+        value_scales,
     )
     return result
 
@@ -75,17 +104,32 @@ def paged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     isa: str | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Return the causal attention of the last queries of each sequence over keys and values in blocks, [T, H, V].
 
     query: [T, H, D]; sequence b has the queries [query_starts[b], query_starts[b + 1]), its last ones. key_blocks:
     [N, P, J, D] and value_blocks: [N, P, J, V]; value_blocks may be a part of key_blocks. block_table: int32
     [B, width]; position p of sequence b is in block block_table[b, p // P]; entries past its length are not read.
-    lengths: int [B], positions of each sequence with those that are asked about. query_starts: int [B + 1]. The rest,
-    and the bits of the result, are those of `attention`. ValueError: a shape, dtype or value cannot be used.
+    lengths: int [B], positions of each sequence with those that are asked about. query_starts: int [B + 1]. key_scales,
+    value_scales: float32 [N, P, J, G] for int8. The rest, and the bits of the result, are those of `attention`.
+    ValueError: a shape, dtype or value cannot be used.
     """
     result: Tensor = torch.ops.kt.paged_attention(
-        query, key_blocks, value_blocks, block_table, lengths, query_starts, sinks, window, scale, softcap, isa
+        query,
+        key_blocks,
+        value_blocks,
+        block_table,
+        lengths,
+        query_starts,
+        sinks,
+        window,
+        scale,
+        softcap,
+        isa,
+        key_scales,
+        value_scales,
     )
     return result
 
@@ -104,8 +148,10 @@ def run(
     scale: float | None,
     softcap: float | None,
     isa: str | None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
-    _check_dense(query_BHQD, key_BJSD, value_BJSV)
+    check_dense(query_BHQD, key_BJSD, value_BJSV)
     sequences, heads, queries, key_size = query_BHQD.shape
     kv_heads, positions, value_size = value_BJSV.shape[1:]
     if window is not None and not causal:
@@ -113,9 +159,13 @@ def run(
     if first_position is not None and first_position < 0:
         raise ValueError(f"first_position is {first_position}; it must be 0 or more")
     if lengths is not None:
-        lengths = _counts("lengths", lengths, sequences, 0, positions)
+        lengths = counts("lengths", lengths, sequences, 0, positions)
     rule, sinks = _rule(heads, key_size, sinks, causal, window, scale, softcap)
     mask_place, mask_kind, mask = _mask(mask, (sequences, heads, queries, positions))
+    key_scales, value_scales = (
+        check_scales(name, x, scales)
+        for name, x, scales in (("key", key_BJSD, key_scales), ("value", value_BJSV, value_scales))
+    )
     query_BHQD, key_BJSD, value_BJSV = (_rows(x) for x in (query_BHQD, key_BJSD, value_BJSV))
     out_BHQV = query_BHQD.new_empty(sequences, queries, heads, value_size).transpose(1, 2)
     native_threads().context().attention(
@@ -123,7 +173,7 @@ def run(
         (sequences, heads, kv_heads),
         (key_size, value_size),
         native_dtype(query_BHQD.dtype, "query"),
-        native_dtype(key_BJSD.dtype, "key"),
+        kv_dtype(key_BJSD, "key"),
         _place(query_BHQD),
         _place(key_BJSD),
         _place(value_BJSV),
@@ -132,6 +182,8 @@ def run(
         (0, 0, 1),
         (mask_place, mask_kind),
         rule,
+        _scales(key_scales, key_size),
+        _scales(value_scales, value_size),
     )
     return out_BHQV
 
@@ -149,17 +201,23 @@ def _paged_attention_cpu(
     scale: float | None,
     softcap: float | None,
     isa: str | None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
-    _check_paged(query_THD, key_NPJD, value_NPJV, block_table)
+    check_paged(query_THD, key_NPJD, value_NPJV, block_table)
     tokens, heads, key_size = query_THD.shape
     block_size, kv_heads, value_size = value_NPJV.shape[1:]
     sequences, width = block_table.shape
-    lengths = _counts("lengths", lengths, sequences, 0, width * block_size)
-    query_starts = _counts("query_starts", query_starts, sequences + 1, 0, tokens)
-    _check_queries(query_starts, lengths, tokens)
-    _check_blocks(block_table, lengths, block_size, key_NPJD.shape[0])
+    lengths = counts("lengths", lengths, sequences, 0, width * block_size)
+    query_starts = counts("query_starts", query_starts, sequences + 1, 0, tokens)
+    check_queries(query_starts, lengths, tokens)
+    check_blocks(block_table, lengths, block_size, key_NPJD.shape[0])
     rule, sinks = _rule(heads, key_size, sinks, True, window, scale, softcap)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    key_scales, value_scales = (
+        check_scales(name, x, scales)
+        for name, x, scales in (("key_blocks", key_NPJD, key_scales), ("value_blocks", value_NPJV, value_scales))
+    )
     query_THD, key_NPJD, value_NPJV = (_rows(x) for x in (query_THD, key_NPJD, value_NPJV))
     out_THV = query_THD.new_empty(tokens, heads, value_size)
     native_threads().context().attention(
@@ -167,7 +225,7 @@ def _paged_attention_cpu(
         (sequences, heads, kv_heads),
         (key_size, value_size),
         native_dtype(query_THD.dtype, "query"),
-        native_dtype(key_NPJD.dtype, "key_blocks"),
+        kv_dtype(key_NPJD, "key_blocks"),
         (query_THD.data_ptr(), 0, query_THD.stride(1), query_THD.stride(0)),
         _place(key_NPJD.transpose(1, 2)),
         _place(value_NPJV.transpose(1, 2)),
@@ -176,6 +234,8 @@ def _paged_attention_cpu(
         (block_table.data_ptr(), block_table.stride(0), block_size),
         (_NOWHERE, _native.MaskType.none),
         rule,
+        _scales(None if key_scales is None else key_scales.transpose(1, 2), key_size),
+        _scales(None if value_scales is None else value_scales.transpose(1, 2), value_size),
     )
     return out_THV
 
@@ -217,50 +277,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _scales(scales_BJSG: Tensor | None, size: int) -> tuple[_Place, int]:
+    """Return where scales are and how many elements of a row of `size` share one."""
+    return (_NOWHERE, 0) if scales_BJSG is None else (_place(scales_BJSG), size // scales_BJSG.shape[3])
+
+
 def _isa(name: str | None) -> str:
     return machine().isa if name is None else check_isa(name, machine().isas)
-
-
-def _check_dense(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """ValueError: shapes or dtypes do not fit."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4 or x.shape[3] == 0:
-            raise ValueError(f"{name} is {list(x.shape)}; it must be [sequences, heads, positions, head size]")
-    if key.shape[:3] != value.shape[:3]:
-        raise ValueError(f"key is {list(key.shape)} and value {list(value.shape)}; all but the last must be equal")
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key has {key.shape[0]} sequences; it must have {query.shape[0]}, as query")
-    _check_heads(query, key, value, key.shape[1])
-
-
-def _check_paged(query: Tensor, key: Tensor, value: Tensor, block_table: Tensor) -> None:
-    """ValueError: shapes or dtypes do not fit."""
-    if query.dim() != 3 or query.shape[2] == 0:
-        raise ValueError(f"query is {list(query.shape)}; it must be [queries, heads, head size]")
-    for name, x in (("key_blocks", key), ("value_blocks", value)):
-        if x.dim() != 4 or 0 in x.shape[1:]:
-            raise ValueError(f"{name} is {list(x.shape)}; it must be [blocks, block size, heads, head size]")
-    if key.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"key_blocks is {list(key.shape)} and value_blocks {list(value.shape)}; all but the last must be equal"
-        )
-    if block_table.dim() != 2 or block_table.dtype != torch.int32:
-        wanted = "[sequences, blocks] of torch.int32"
-        raise ValueError(f"block_table is {list(block_table.shape)} of {block_table.dtype}; it must be {wanted}")
-    _check_heads(query, key, value, key.shape[2])
-
-
-def _check_heads(query: Tensor, key: Tensor, value: Tensor, kv_heads: int) -> None:
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query has heads of size {query.shape[-1]} and key of {key.shape[-1]}; they must be equal")
-    if kv_heads == 0 or query.shape[1] % kv_heads:
-        raise ValueError(f"query has {query.shape[1]} heads; it must have a multiple of the {kv_heads} of key")
-    if key.dtype != value.dtype:
-        raise ValueError(f"key has dtype {key.dtype} and value {value.dtype}; they must be equal")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        native_dtype(x.dtype, name)
-        if x.device.type != "cpu":
-            raise ValueError(f"{name} is on {x.device}; it must be on the CPU")
 
 
 def _rule(
@@ -298,30 +321,3 @@ def _mask(mask: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[_Place
     if mask.stride(-1) != 1:
         mask = mask.contiguous()
     return _place(mask.expand(shape)), _MASKS[mask.dtype], mask
-
-
-def _counts(name: str, x: Tensor, size: int, least: int, most: int) -> Tensor:
-    """Return counts as int64. ValueError: their number is wrong, or one is."""
-    if x.shape != (size,) or x.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} is {list(x.shape)} of {x.dtype}; it must be [{size}] of torch.int32 or torch.int64")
-    for value in x.tolist():
-        if not least <= value <= most:
-            raise ValueError(f"{name} has {value}; it must be from {least} to {most}")
-    return x.to(torch.int64).contiguous()
-
-
-def _check_queries(query_starts: Tensor, lengths: Tensor, tokens: int) -> None:
-    starts = query_starts.tolist()
-    if starts[0] != 0 or starts[-1] != tokens:
-        raise ValueError(f"query_starts is {starts}; the first must be 0 and the last {tokens}, as many as queries")
-    for b, length in enumerate(lengths.tolist()):
-        if not 0 <= starts[b + 1] - starts[b] <= length:
-            raise ValueError(f"sequence {b} has {starts[b + 1] - starts[b]} queries; it must have 0 to {length}")
-
-
-def _check_blocks(block_table: Tensor, lengths: Tensor, block_size: int, blocks: int) -> None:
-    used = torch.arange(block_table.shape[1]) * block_size < lengths[:, None]
-    wrong = (block_table < 0) | (block_table >= blocks)
-    if (wrong & used).any():
-        b, i = (wrong & used).nonzero()[0].tolist()
-        raise ValueError(f"block_table[{b}, {i}] is {int(block_table[b, i])}; it must be from 0 to {blocks - 1}")

@@ -1,7 +1,7 @@
 """Softmax attention in plain torch: what is right, without regard to speed.
 
 Shape suffixes: B sequences, H heads of queries, J heads of keys, Q queries, S positions, D size of a key, V size of a
-value, T queries of all sequences.
+value, T queries of all sequences, G groups of a row.
 """
 
 from __future__ import annotations
@@ -82,6 +82,28 @@ def paged_attention(
         part = attention(query, key, value, None, sinks, None, True, None, window, scale, softcap)
         parts.append(part[0].transpose(0, 1))
     return torch.cat(parts)
+
+
+def quantize(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return int8 codes [..., D] and fp32 scales [..., G] of rows [..., D], bit for bit those of `store_kv`."""
+    grouped = _in_groups(rows.float(), groups)
+    most = grouped.abs().amax(-1, keepdim=True)  # NaN where an element is
+    is_zero = most < 2.0**-100
+    # A number over a tensor is the number times the tensor's inverse in torch.
+    factors = torch.full_like(most, 127).div_(most).masked_fill_(is_zero, 0)
+    is_finite = grouped.isfinite().all(-1, keepdim=True)
+    scales = (most / 127).masked_fill_(is_zero, 0).masked_fill_(~is_finite, torch.nan)
+    codes = (grouped * factors).masked_fill_(~is_finite, 0).round_().to(torch.int8)
+    return codes.flatten(-2), scales[..., 0]
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return the fp32 rows [..., D] that codes [..., D] with scales [..., G] are."""
+    return (_in_groups(codes.float(), scales.shape[-1]) * scales[..., None]).flatten(-2)
+
+
+def _in_groups(rows: Tensor, groups: int) -> Tensor:
+    return rows.reshape(*rows.shape[:-1], groups, rows.shape[-1] // groups)
 
 
 def gather(blocks: Tensor, table: Tensor, length: int) -> Tensor:

@@ -91,6 +91,10 @@ using attention_counts = std::tuple<std::int64_t, std::int64_t, std::int64_t, st
 // (address, its strides, kind); (causal, window or 0, scale, softcap or 0, address of sinks or 0)
 using attention_mask = std::tuple<attention_place, kt::mask_type>;
 using attention_rule = std::tuple<bool, std::int64_t, float, float, std::uintptr_t>;
+// Scales of keys and of values: (place, elements that share one).
+using attention_scales = std::tuple<attention_place, std::size_t>;
+
+kt::attention_scales view(const attention_scales& s) { return {view(std::get<0>(s)), std::get<1>(s)}; }
 
 using place = std::tuple<std::uintptr_t, std::size_t>;  // (address, bytes)
 
@@ -446,7 +450,8 @@ NB_MODULE(_native, m) {
              const std::tuple<std::size_t, std::size_t>& sizes, kt::dtype type, kt::dtype kv_type,
              const attention_place& query, const attention_place& key, const attention_place& value,
              const attention_place& out, const attention_counts& counts, const block_table& table,
-             const attention_mask& mask, const attention_rule& rule) {
+             const attention_mask& mask, const attention_rule& rule, const attention_scales& key_scales,
+             const attention_scales& value_scales) {
             kt::attention_arguments a;
             std::tie(a.sequences, a.query_heads, a.kv_heads) = heads;
             std::tie(a.key_size, a.value_size) = sizes;
@@ -455,6 +460,8 @@ NB_MODULE(_native, m) {
             a.query = view(query);
             a.key = view(key);
             a.value = view(value);
+            a.key_scales = view(key_scales);
+            a.value_scales = view(value_scales);
             a.out = address<void>(std::get<0>(out));
             a.out_strides = strides_of(out);
             std::uintptr_t starts = 0, lengths = 0, sinks = 0;
@@ -472,12 +479,38 @@ NB_MODULE(_native, m) {
             self.attention(*isa_named(isa).kernels, a);
           },
           "isa"_a, "heads"_a, "sizes"_a, "type"_a, "kv_type"_a, "query"_a, "key"_a, "value"_a, "out"_a, "counts"_a,
-          "table"_a, "mask"_a, "rule"_a,
+          "table"_a, "mask"_a, "rule"_a, "key_scales"_a, "value_scales"_a,
           "Softmax attention. heads: (sequences, query heads, heads of keys). sizes: of a key, of a value. query, key, "
           "value, out: (address, strides of sequence, head and position). counts: (queries and positions of each "
           "sequence, position of the first query or -1, addresses or 0 of int64 query starts and lengths). "
           "table: (address or 0, stride, block size). mask: (as query, kind). rule: (causal, window, scale, softcap, "
-          "address of sinks).")
+          "address of sinks). key_scales, value_scales: (as query, elements that share a scale, 0 where there "
+          "are none); where there are, keys or values are int8, and kv_type says nothing.")
+      .def(
+          "store_kv",
+          [](kt::context& self, const std::string& isa,
+             const std::tuple<std::size_t, std::size_t, std::size_t, std::size_t>& shape, kt::dtype type,
+             const rows_place& rows, std::uintptr_t slots, std::int64_t block_size, const attention_place& codes,
+             const attention_place& scales) {
+            kt::store_kv_arguments a;
+            std::tie(a.tokens, a.heads, a.size, a.group) = shape;
+            a.type = type;
+            a.rows = address<void>(std::get<0>(rows));
+            a.token_stride = std::get<1>(rows);
+            a.head_stride = std::get<2>(rows);
+            a.slots = address<std::int64_t>(slots);
+            a.block_size = block_size;
+            a.codes = address<std::int8_t>(std::get<0>(codes));
+            a.code_strides = strides_of(codes);
+            a.scales = address<float>(std::get<0>(scales));
+            a.scale_strides = strides_of(scales);
+            const nb::gil_scoped_release nogil;
+            self.store_kv(*isa_named(isa).kernels, a);
+          },
+          "isa"_a, "shape"_a, "type"_a, "rows"_a, "slots"_a, "block_size"_a, "codes"_a, "scales"_a,
+          "Quantises rows to int8. shape: (tokens, heads, elements of a row, elements that share a scale). rows: "
+          "(address, stride of tokens, of heads). slots: address of int64, negative ones are left out. codes, scales: "
+          "(address, strides of block, head and position).")
       .def(
           "read_bandwidth",
           [](kt::context& self, const std::string& isa, std::size_t bytes, int repeats) {

@@ -20,6 +20,15 @@ struct vec {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16));
   }
+  static f32 load_int8(const void* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  }
+  // Of each lane's four signed bytes the one at `place`, as a number.
+  template <int place>
+  static f32 int8_of(f32 x) {
+    const __m256i top = _mm256_slli_epi32(_mm256_castps_si256(x), 24 - 8 * place);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+  }
   static f32 load_e8m0(const void* p) {  // powers of two, from 2^-126 on
     return _mm256_castsi256_ps(_mm256_slli_epi32(bytes_to_ints(static_cast<const char*>(p)), 23));
   }

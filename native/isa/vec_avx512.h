@@ -48,6 +48,15 @@ struct vec {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
   }
+  static f32 load_int8(const void* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  // Of each lane's four signed bytes the one at `place`, as a number.
+  template <int place>
+  static f32 int8_of(f32 x) {
+    const __m512i top = _mm512_slli_epi32(_mm512_castps_si512(x), 24 - 8 * place);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
+  }
   static f32 load_e8m0(const void* p) {  // powers of two, from 2^-126 on
     const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(x, 23));

@@ -16,6 +16,12 @@ struct vec {
   static void store(float* p, f32 x) { *p = x; }
   static f32 load_f16(const void* p) { return f16_to_f32(bits16(p)); }
   static f32 load_bf16(const void* p) { return bf16_even(p); }
+  static f32 load_int8(const void* p) { return *static_cast<const signed char*>(p); }
+  // Of four signed bytes the one at `place`, as a number.
+  template <int place>
+  static f32 int8_of(f32 x) {
+    return static_cast<signed char>(as_u32(x) >> 8 * place & 0xff);
+  }
   static f32 load_e8m0(const void* p) {  // powers of two, from 2^-126 on
     return as_f32(static_cast<std::uint32_t>(*static_cast<const unsigned char*>(p)) << 23);
   }

@@ -82,10 +82,9 @@ struct seen {
 // Fetches the next tile, a few rows at each step.
 class tile_fetch {
  public:
-  tile_fetch(const attend_job& job, int steps)
-      : next_(job.next), per_step_((job.next[0].count + job.next[1].count + steps - 1) / steps) {}
+  tile_fetch(const attend_job& job, int steps) : next_(job.next), per_step_((count(job) + steps - 1) / steps) {}
   void step() {
-    for (int n = 0; n < per_step_ && which_ < 2; ++n) {
+    for (int n = 0; n < per_step_ && which_ < kinds; ++n) {
       const fetch_rows& f = next_[which_];
       if (row_ < f.count) {
         const char* row = static_cast<const char*>(f.rows[row_]);
@@ -96,6 +95,12 @@ class tile_fetch {
   }
 
  private:
+  static constexpr int kinds = sizeof(attend_job::next) / sizeof(fetch_rows);
+  static int count(const attend_job& job) {
+    int n = 0;
+    for (const fetch_rows& f : job.next) n += f.count;
+    return n;
+  }
   const fetch_rows* next_;
   const int per_step_;
   int which_ = 0, row_ = 0;

@@ -143,7 +143,7 @@ void quantize_rows(const quantize_rows_job& job) {
     for (std::size_t k = 0; k < job.k_padded; k += vec::lanes) {
       std::int8_t eight[vec::lanes] = {};
       if (scale > 0.0f && k < job.k) vec::store_int8(eight, vec::round(vec::mul(at(k), vec::set1(inverse))));
-      __builtin_memcpy(codes + k, eight, sizeof eight);
+      __builtin_memcpy(codes + k, eight, k + vec::lanes <= job.k_padded ? sizeof eight : job.k_padded - k);
     }
   }
 }

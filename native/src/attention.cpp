@@ -56,10 +56,11 @@ class attention_view {
     const std::ptrdiff_t element = b.sequence * s.sequence + query_head(b, row) * s.head + row / group * s.position;
     return static_cast<const char*>(a.mask.data) + (element + position) * static_cast<std::ptrdiff_t>(size);
   }
-  // Addresses of keys or values at the positions [p, p + count).
-  void positions(const attention_place& place, const row_block& b, std::int64_t p, int count, const void** out) const {
+  // Addresses of what lies at the positions [p, p + count), in elements of `size` bytes.
+  void positions(const attention_place& place, std::size_t size, const row_block& b, std::int64_t p, int count,
+                 const void** out) const {
     const attention_strides& s = place.strides;
-    const std::ptrdiff_t step = s.position * static_cast<std::ptrdiff_t>(size_of(a.kv_type));
+    const auto bytes = static_cast<std::ptrdiff_t>(size);
     for (int done = 0, run; done < count; done += run, p += run) {
       std::int64_t block = b.sequence, inside = p;
       run = count - done;
@@ -68,11 +69,12 @@ class attention_view {
         inside = p % a.block_size;
         run = static_cast<int>(std::min<std::int64_t>(run, a.block_size - inside));
       }
-      const char* first = static_cast<const char*>(
-          at(place.data, block * s.sequence + b.head * s.head + inside * s.position, a.kv_type));
-      for (int i = 0; i < run; ++i) out[done + i] = first + i * step;
+      const char* first =
+          static_cast<const char*>(place.data) + (block * s.sequence + b.head * s.head + inside * s.position) * bytes;
+      for (int i = 0; i < run; ++i) out[done + i] = first + i * s.position * bytes;
     }
   }
+  std::size_t kv_bytes(const attention_scales& s) const { return s.group ? 1 : size_of(a.kv_type); }
   int query_head(const row_block& b, std::int64_t row) const { return b.head * group + static_cast<int>(row % group); }
 
   const attention_arguments& a;
@@ -136,6 +138,29 @@ bool narrow(const unsigned char* mask, std::int32_t& begin, std::int32_t& end) {
   return !whole;
 }
 
+// Where the keys or the values of a tile and of the next one lie.
+class tile_rows {
+ public:
+  tile_rows(const attention_view& v, const attention_place& place, const attention_scales& scales, const row_block& b,
+            std::int64_t p, int count)
+      : bytes_(v.kv_bytes(scales)), group_(scales.group) {
+    v.positions(place, bytes_, b, p, count, rows_);
+    if (group_) v.positions(scales.place, sizeof(float), b, p, count, scales_);
+  }
+  pack_tile_job pack(int count, dtype type, std::size_t size, float* packed) const {
+    return {rows_, count, type, size, packed, group_ ? scales_ : nullptr, group_};
+  }
+  fetch_rows fetch(int next, std::size_t size) const { return {rows_ + attention_tile, next, size * bytes_}; }
+  fetch_rows fetch_scales(int next, std::size_t size) const {
+    if (!group_) return {nullptr, 0, 0};
+    return {scales_ + attention_tile, next, size / group_ * sizeof(float)};
+  }
+
+ private:
+  const std::size_t bytes_, group_;  // of an element; 0: no scales
+  const void *rows_[2 * attention_tile], *scales_[2 * attention_tile];
+};
+
 // A thread's work on one block after the other.
 class block_worker {
  public:
@@ -186,9 +211,9 @@ class block_worker {
     const attention_arguments& a = v_.a;
     const int count = static_cast<int>(std::min<std::int64_t>(attention_tile, v_.length(b.sequence) - p));
     const int next = static_cast<int>(std::clamp<std::int64_t>(until - p - attention_tile, 0, attention_tile));
-    const void *keys[2 * attention_tile], *values[2 * attention_tile], *masks[attention_rows];
-    v_.positions(a.key, b, p, next ? attention_tile + next : count, keys);
-    v_.positions(a.value, b, p, next ? attention_tile + next : count, values);
+    const void* masks[attention_rows];
+    const tile_rows keys(v_, a.key, a.key_scales, b, p, next ? attention_tile + next : count);
+    const tile_rows values(v_, a.value, a.value_scales, b, p, next ? attention_tile + next : count);
     std::int32_t begin[attention_rows], end[attention_rows];
     bool masked = a.mask_kind != mask_type::none && a.mask_kind != mask_type::boolean;
     for (int r = 0; r < b.rows(); ++r) {
@@ -210,8 +235,8 @@ class block_worker {
     while (first < last && begin[first] >= end[first]) ++first;
     while (first < last && begin[last - 1] >= end[last - 1]) --last;
     if (first == last) return;
-    k_.pack_keys({keys, count, a.kv_type, a.key_size, keys_});
-    const bool finite = k_.pack_values({values, count, a.kv_type, a.value_size, values_});
+    k_.pack_keys(keys.pack(count, a.kv_type, a.key_size, keys_));
+    const bool finite = k_.pack_values(values.pack(count, a.kv_type, a.value_size, values_));
     const attention_state rows = {state.max + first, state.sums + first * attention_sums,
                                   state.out + first * state.width, state.width};
     k_.attend({queries_ + first * key_size_,
@@ -230,8 +255,8 @@ class block_worker {
                a.softcap,
                scores_,
                rows,
-               {{keys + attention_tile, next, a.key_size * size_of(a.kv_type)},
-                {values + attention_tile, next, a.value_size * size_of(a.kv_type)}}});
+               {keys.fetch(next, a.key_size), values.fetch(next, a.value_size), keys.fetch_scales(next, a.key_size),
+                values.fetch_scales(next, a.value_size)}});
   }
   static std::int32_t inside(std::int64_t position) {
     return static_cast<std::int32_t>(std::clamp<std::int64_t>(position, 0, attention_tile));

@@ -168,6 +168,35 @@ class attention_call {
   }
 };
 
+// Keys or values as codes of int8 with scales, -128 and NaN in the gaps; the numbers that they are go to `numbers`.
+struct stored_rows {
+  std::vector<std::int8_t> codes;
+  std::vector<float> scales;
+  std::size_t size, group;
+
+  stored_rows(elements& numbers, std::size_t row_size, std::size_t row_group, unsigned seed)
+      : codes(numbers.size(), -128),
+        scales(numbers.size() / (row_size + gap) * (row_size / row_group + gap), NAN),
+        size(row_size),
+        group(row_group) {
+    std::mt19937 random(seed);
+    std::uniform_int_distribution<int> code(-127, 127);
+    std::uniform_real_distribution<float> scale(0.001f, 0.01f);
+    for (std::size_t row = 0; row < numbers.size() / (size + gap); ++row)
+      for (std::size_t i = 0; i < size; ++i) {
+        float& s = scales[row * (size / group + gap) + i / group];
+        if (i % group == 0) s = scale(random);
+        codes[row * (size + gap) + i] = static_cast<std::int8_t>(code(random));
+        numbers.set(row * (size + gap) + i, codes[row * (size + gap) + i] * s);
+      }
+  }
+
+  void use(kt::attention_place& place, kt::attention_scales& s, int heads, std::int64_t positions) const {
+    place = {codes.data(), attention_call::strides(heads, positions, size)};
+    s = {{scales.data(), attention_call::strides(heads, positions, size / group)}, group};
+  }
+};
+
 void compare(const attention_call& call, const elements& got, const std::string& label) {
   const attention_case& c = call.c;
   double worst = 0;
@@ -221,6 +250,85 @@ void test_attention() {
   }
 }
 
+void test_attention_over_codes() {
+  unsigned n = 30'000;
+  struct sizes {
+    std::size_t key, key_group, value, value_group;
+  };
+  const sizes all[] = {{16, 16, 16, 16}, {9, 9, 37, 37}, {6, 6, 3, 3}, {128, 64, 128, 32}, {80, 16, 48, 48}};
+  for (const sizes& z : all) {
+    attention_case c;
+    c.key_size = z.key, c.value_size = z.value, c.positions = 150, c.window = 100, c.sinks = true;
+    attention_call call(c, ++n);
+    const stored_rows keys(call.key, z.key, z.key_group, ++n), values(call.value, z.value, z.value_group, ++n);
+    const elements wanted = call.run(1, *isas.front());
+    const std::string label = describe(c) + " over codes";
+    compare(call, wanted, label);
+    const std::int32_t table[] = {0, 1};
+    for (const kt::isa* i : isas)
+      for (int count : {1, 3})
+        for (bool in_blocks : {false, true}) {
+          elements out = call.empty();
+          kt::attention_arguments a = call.arguments(out);
+          keys.use(a.key, a.key_scales, c.kv_heads, c.positions);
+          values.use(a.value, a.value_scales, c.kv_heads, c.positions);
+          if (in_blocks) a.block_table = table, a.table_stride = 1, a.block_size = c.positions;
+          threads(count).attention(*i->kernels, a);
+          check(out.bytes == wanted.bytes, label + " [" + i->name + "]" + (in_blocks ? " in blocks" : ""));
+        }
+  }
+}
+
+// Two tokens in the slots 5 and 2 of blocks of three; a third has none.
+void test_store_kv() {
+  constexpr std::size_t tokens = 3, heads = 2, slots = 6;
+  const std::int64_t slot[tokens] = {5, -1, 2};
+  for (std::size_t group : {16, 9})
+    for (std::size_t size : {group, 2 * group}) {
+      std::mt19937 random(7);
+      std::uniform_real_distribution<float> uniform(-2, 2);
+      std::vector<float> rows(tokens * heads * (size + gap), NAN);
+      for (std::size_t i = 0; i < rows.size(); ++i)
+        if (i % (size + gap) < size) rows[i] = uniform(random);
+      for (const kt::isa* i : isas) {
+        std::vector<std::int8_t> codes(slots * heads * (size + gap), -128);
+        std::vector<float> scales(slots * heads * (size / group + gap), NAN);
+        const auto strides = [](std::size_t row) {
+          const auto one = static_cast<std::ptrdiff_t>(row + gap), position = static_cast<std::ptrdiff_t>(heads) * one;
+          return kt::attention_strides{3 * position, one, position};
+        };
+        kt::store_kv_arguments a;
+        a.tokens = tokens, a.heads = heads, a.size = size, a.group = group;
+        a.rows = rows.data();
+        a.token_stride = heads * (size + gap), a.head_stride = size + gap;
+        a.slots = slot, a.block_size = 3;
+        a.codes = codes.data(), a.code_strides = strides(size);
+        a.scales = scales.data(), a.scale_strides = strides(size / group);
+        threads(2).store_kv(*i->kernels, a);
+        bool right = true, gaps_kept = true;
+        for (std::size_t at = 0; at < codes.size(); ++at) {
+          const std::size_t column = at % (size + gap), row = at / (size + gap);
+          const std::size_t token = row / heads == 5 ? 0 : row / heads == 2 ? 2 : 1;
+          if (token == 1 || column >= size) {
+            gaps_kept &= codes[at] == -128;
+            continue;
+          }
+          const float scale = scales[row * (size / group + gap) + column / group];
+          const float x = rows[(token * heads + row % heads) * (size + gap) + column];
+          right &= std::fabs(codes[at] * scale - x) <= 0.5001f * scale;
+        }
+        for (std::size_t at = 0; at < scales.size(); ++at) {
+          const std::size_t row = at / (size / group + gap);
+          const bool there = at % (size / group + gap) < size / group && (row / heads == 5 || row / heads == 2);
+          gaps_kept &= std::isnan(scales[at]) != there;
+        }
+        const std::string label = "rows of " + std::to_string(size) + " stored [" + i->name + "]";
+        check(right, label);
+        check(gaps_kept, label + ": other memory");
+      }
+    }
+}
+
 template <int lanes, class F>
 bool transposes(F transpose) {
   float numbers[lanes][lanes];
@@ -255,5 +363,7 @@ void test_transposition() {
 
 const std::vector<test> attention_tests = {
     {"attention", test_attention},
+    {"attention over codes", test_attention_over_codes},
+    {"stored keys and values", test_store_kv},
     {"transposition", test_transposition},
 };

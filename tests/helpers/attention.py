@@ -33,12 +33,17 @@ class Shape:
 
 
 def poisoned(x: Tensor) -> Tensor:
-    """Return a copy that lies in memory which is NaN before and after each row and each head."""
+    """Return a copy that lies in memory which is NaN, or -128, before and after each row and each head."""
     *outer, rows, columns = x.shape
-    memory = x.new_full((*outer, rows + 3, columns + 5), torch.nan)
+    memory = x.new_full((*outer, rows + 3, columns + 5), poison(x.dtype))
     inside = memory[..., 1 : 1 + rows, 2 : 2 + columns]
     inside.copy_(x)
     return inside
+
+
+def poison(dtype: torch.dtype) -> float:
+    """Return NaN, or a number that no code of int8 is."""
+    return torch.nan if dtype.is_floating_point else -128
 
 
 def random_inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
@@ -54,8 +59,9 @@ def random_inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 
 
 
 def in_blocks(x_BJSD: Tensor, lengths: list[int], table: Tensor, block_size: int) -> Tensor:
-    """Return storage [N, P, J, D], NaN but for the positions of each sequence, as its row of `table` places them."""
-    blocks = x_BJSD.new_full((int(table.max()) + 2, block_size, x_BJSD.shape[1], x_BJSD.shape[3]), torch.nan)
+    """Return storage [N, P, J, D], poisoned but for the positions of each sequence, where its row of `table` says."""
+    shape = (int(table.max()) + 2, block_size, x_BJSD.shape[1], x_BJSD.shape[3])
+    blocks = x_BJSD.new_full(shape, poison(x_BJSD.dtype))
     for b, length in enumerate(lengths):
         for p in range(length):
             blocks[table[b, p // block_size], p % block_size] = x_BJSD[b, :, p]

@@ -251,13 +251,15 @@ def case_of(family: str) -> MoeCase:
     return moe_case(*found)
 
 
-def build(case: MoeCase, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[PreTrainedModel, Inputs]:
+def build(
+    case: MoeCase, dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any
+) -> tuple[PreTrainedModel, Inputs]:
     """Return the case's model in evaluation mode and the keyword arguments of a forward call.
 
-    The same seed gives the same weights and inputs, in every dtype up to rounding. As in a loaded checkpoint,
-    what the architecture keeps in float32 stays so.
+    fields: of the configuration, beside those of the table. The same seed gives the same weights and inputs, in every
+    dtype up to rounding. As in a loaded checkpoint, what the architecture keeps in float32 stays so.
     """
-    model = _instantiate(case.model_class, case.folder, dtype, seed)
+    model = _instantiate(case.model_class, case.folder, dtype, seed, fields)
     randomise(model, seed)
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(0, VOCAB_SIZE, (BATCH_SIZE, SEQUENCE_LENGTH), generator=generator)
@@ -310,10 +312,12 @@ def _router_weights(model: nn.Module) -> Iterator[Tensor]:
             yield weight
 
 
-def _instantiate(model_class: type[PreTrainedModel], folder: str, dtype: torch.dtype, seed: int) -> Any:
+def _instantiate(
+    model_class: type[PreTrainedModel], folder: str, dtype: torch.dtype, seed: int, fields: Inputs | None = None
+) -> Any:
     config_class = model_class.config_class
     assert config_class is not None
-    config = config_class(**_config_fields(config_class, folder))
+    config = config_class(**_config_fields(config_class, folder) | (fields or {}))
     with torch.random.fork_rng(devices=[]), _poisoned_memory():
         torch.manual_seed(seed)
         model = model_class._from_config(config, dtype=dtype)

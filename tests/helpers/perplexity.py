@@ -1,7 +1,4 @@
-"""Perplexity of the model that ships with the package, on the text that it was not trained on, or for every format:
-
-python -m helpers.perplexity    (in tests/) prints a table for the README
-"""
+"""Perplexity of the model that ships with the package, on the text that it was not trained on."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ktcompile.models import tiny_model
-from ktcompile.quant import FORMATS
 
 WINDOW = 512
 
@@ -47,18 +43,3 @@ def compiled(model: torch.nn.Module, weight_format: str = "auto") -> torch.nn.Mo
     """Return a model whose experts run on the kernels."""
     torch._dynamo.reset()
     return torch.compile(model, backend="kt", options={"inner": "program", "weight_format": weight_format})
-
-
-def main() -> None:
-    model, windows = load(torch.float32), text_windows()
-    stock = perplexity(model, windows)
-    print("| format | bits per weight | perplexity | more than stock |")
-    print("|---|---|---|---|")
-    print(f"| stock, fp32 | 32 | {stock:.3f} | |")
-    for name, weight_format in FORMATS.items():
-        ours = perplexity(compiled(model, name), windows)
-        print(f"| {name} | {8 * weight_format.bytes_per_weight:g} | {ours:.3f} | {ours / stock - 1:+.3%} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,6 +15,9 @@
 //   result  out / (sum of sums by halves + e^(sink - m)), or zero for a row that sees nothing.
 // A tile or a split that a row does not see changes nothing in it, so it makes no difference which of them are run,
 // how many rows there are and which thread runs a split.
+//
+// Keys and values may be codes of int8 with scales in fp32, each of a group of a row's elements: a code times its
+// scale, rounded to fp32, is the element from then on.
 #pragma once
 #include <kt/layout.h>
 
@@ -36,6 +39,9 @@ struct pack_tile_job {
   std::size_t size;
   // Keys: [2][size, made even][32], zero beyond `size` and `count`. Values: [panels of 32 columns][64][32], likewise.
   float* packed;
+  // Not null: a row is codes of int8, whatever `type` is, and element i of row j is code i times scales[j][i / group].
+  const void* const* scales;
+  std::size_t group;  // `size`, or a multiple of 16
 };
 
 // Rows of queries in fp32, zero beyond `size`.
@@ -82,7 +88,7 @@ struct attend_job {
   float softcap;  // 0: none
   float* scores;  // room for [rows][64]
   attention_state state;
-  fetch_rows next[2];  // keys and values of the next tile
+  fetch_rows next[4];  // keys and values of the next tile, and their scales
 };
 
 struct merge_job {

@@ -53,13 +53,21 @@ struct attention_place {
   attention_strides strides;
 };
 
-// Queries and result are of `type`, keys and values of `kv_type`; elements of one head lie together. Query heads are a
-// multiple of those of keys: head h uses the keys of h / (query_heads / kv_heads).
+// Scales of codes of int8, in fp32: one for each `group` elements of a row; those of a row lie together.
+struct attention_scales {
+  attention_place place;
+  std::size_t group = 0;  // 0: no scales, and no codes
+};
+
+// Queries and result are of `type`; keys and values of `kv_type`, or codes of int8 where they have scales; elements of
+// one head lie together. Query heads are a multiple of those of keys: head h uses the keys of
+// h / (query_heads / kv_heads).
 struct attention_arguments {
   int sequences = 0, query_heads = 0, kv_heads = 0;
   std::size_t key_size = 0, value_size = 0;  // of a head
   dtype type = dtype::f32, kv_type = dtype::f32;
   attention_place query, key, value;
+  attention_scales key_scales, value_scales;
   void* out = nullptr;
   attention_strides out_strides;
   std::int64_t queries = 0;                    // of each sequence
@@ -79,6 +87,21 @@ struct attention_arguments {
   mask_type mask_kind = mask_type::none;
   const float* sinks = nullptr;  // [query_heads]
   float scale = 1.0f, softcap = 0.0f;
+};
+
+// Rows of keys or of values, [tokens][heads][size], and where their codes of int8 and their scales go.
+struct store_kv_arguments {
+  std::size_t tokens = 0, heads = 0, size = 0;
+  const void* rows = nullptr;
+  dtype type = dtype::f32;
+  std::ptrdiff_t token_stride = 0, head_stride = 0;  // elements of a head lie together
+  const std::int64_t* slots = nullptr;               // block * block_size + place of each token; negative: not stored
+  std::int64_t block_size = 1;
+  std::int8_t* codes = nullptr;
+  attention_strides code_strides;  // of a block, a head, a position
+  float* scales = nullptr;
+  attention_strides scale_strides;
+  std::size_t group = 0;  // elements that share a scale
 };
 
 // Where the threads of a context run.
@@ -111,6 +134,8 @@ class context {
   void rotary(const kernel_table& kernels, const rotary_job& job, std::size_t heads);
   // Softmax attention, kt/attention.h.
   void attention(const kernel_table& kernels, const attention_arguments& arguments);
+  // Quantises rows to int8, as `quantize_rows` does (kt/kernels.h), into their slots.
+  void store_kv(const kernel_table& kernels, const store_kv_arguments& arguments);
 
   // Measured ceilings of this machine with this context's threads. Memory that is read is kept until the next call
   // with another size.
