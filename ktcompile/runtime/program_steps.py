@@ -339,9 +339,9 @@ def _rotary(b: Builder, node: fx.Node) -> None:
 
 
 def _attention(b: Builder, node: fx.Node) -> None:
-    query, key, value, mask, sinks, lengths, causal, first, window, scale, softcap, isa = node.args
-    if lengths is not None or isa is not None or not isinstance(causal, bool):
-        raise UnsupportedError("attention with lengths")
+    query, key, value, mask, sinks, lengths, causal, first, window, scale, softcap, isa, *kv_scales = node.args
+    if lengths is not None or isa is not None or any(s is not None for s in kv_scales) or not isinstance(causal, bool):
+        raise UnsupportedError("attention with lengths, or on codes")
     if sinks is not None and _tensor(sinks).dtype is not torch.float32:
         raise UnsupportedError("sinks of another dtype")
     arrays = [b.array(n) for n in (query, key, value, mask, sinks) if n is not None]
