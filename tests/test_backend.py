@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
@@ -297,6 +298,19 @@ def test_packed_weights_go_with_the_model() -> None:
 
     gc.collect()
     assert len(expert_store()._entries) <= held - 2
+
+
+def test_a_model_that_the_garbage_collector_has_frozen_is_compiled() -> None:
+    model = make_model()
+    gc.collect()
+    gc.freeze()
+    try:
+        logits(torch.compile(model, backend="kt", options={"weights": "take"}), ids(4))
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+    (only,) = ktcompile.compile_reports()
+    assert only.moe_fused == 2
 
 
 def test_graphs_are_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

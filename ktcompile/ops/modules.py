@@ -14,7 +14,14 @@ _WRAPPER = "_orig_mod."  # what torch.compile puts before the names of a model
 
 def alive_modules() -> Iterator[nn.Module]:
     """Yield every module that is alive and initialised, in no particular order."""
-    for candidate in gc.get_objects():
+    frozen = gc.get_freeze_count() > 0
+    if frozen:  # as servers do with what they load; the collector does not list it then
+        gc.unfreeze()
+    objects = gc.get_objects()
+    if frozen:
+        gc.collect()  # or garbage would stay for good
+        gc.freeze()
+    for candidate in objects:
         if issubclass(type(candidate), nn.Module) and "_parameters" in vars(candidate):
             yield candidate
 

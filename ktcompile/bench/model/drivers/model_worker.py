@@ -111,6 +111,8 @@ def versions() -> dict[str, str]:
 
 def reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
+    if len(lines) > 1 and lines[0].endswith(":"):  # torch's errors of backends begin so
+        lines[0] += " " + lines[1].strip()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
