@@ -10,6 +10,7 @@ from torch import fx
 
 from ktcompile.graph.regions import value_of
 from ktcompile.graph.report import CompileReport
+from ktcompile.graph.shapes import same_sizes
 
 _ADD = (operator.add, torch.add, "add")
 
@@ -30,7 +31,7 @@ def _is_sum(node: object) -> bool:
     if len(values) != 3 or not all(isinstance(v, torch.Tensor) for v in values):
         return False
     whole, *parts = values
-    alike = all(p.shape == whole.shape and p.dtype == whole.dtype and p.device == whole.device for p in parts)
+    alike = all(same_sizes(p.shape, whole.shape) and p.dtype == whole.dtype and p.device == whole.device for p in parts)
     return alike and sum(u.target is torch.ops.kt.rms_norm.default for u in node.users) == 1
 
 

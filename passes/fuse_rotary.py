@@ -17,6 +17,7 @@ import ktcompile.ops.rotary  # noqa: F401  (defines kt::rotary)
 from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.regions import value_of
 from ktcompile.graph.report import CompileReport
+from ktcompile.graph.shapes import same_sizes
 from ktcompile.quant import FORMATS
 
 _DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
@@ -135,13 +136,13 @@ def _fits(rotation: _Rotation) -> bool:
     if x.dtype not in _DTYPES or not x.dtype == cos.dtype == sin.dtype == result.dtype:
         return False
     # One sequence's angles may stand for all; nothing else is broadcast.
+    if x.dim() != 4 or cos.dim() != 4:
+        return False
+    wanted = [(b, 1, x.shape[2], cos.shape[3]) for b in (1, x.shape[0])]
     return (
-        cos.dim() == 4
-        and cos.shape == sin.shape
-        and cos.shape[1] == 1
-        and (cos.shape[0] == 1 or cos.shape[0] == x.shape[0])
-        and cos.shape[2] == x.shape[2]
-        and x.shape == result.shape
+        any(same_sizes(cos.shape, w) for w in wanted)
+        and same_sizes(sin.shape, cos.shape)
+        and same_sizes(x.shape, result.shape)
     )
 
 

@@ -32,7 +32,12 @@ _numbers = itertools.count()
 
 
 def with_programs(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return a graph with the nodes of `gm` of which those that have steps are calls of parts."""
+    """Return a graph with the nodes of `gm` of which those that have steps are calls of parts.
+
+    Where nodes change what others do without a tensor between them, all stay in their order, and there are no parts.
+    """
+    if any(_changes_mode(node) for node in gm.graph.nodes):
+        return gm
     stages = _stages(gm.graph)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -88,6 +93,15 @@ def _is_supported(node: fx.Node, supported: set[fx.Node]) -> bool:
     except UnsupportedError:
         return False
     return True
+
+
+def _changes_mode(node: fx.Node) -> bool:
+    """Return whether a node enters or leaves something, as vmap's and autocast's do."""
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", str(node.target))
+    home = str(getattr(node.target, "__module__", "") or "")
+    return "functorch" in home or "nesting" in name or name.startswith(("_enter_", "_exit_", "_set_grad_enabled"))
 
 
 def _root(node: fx.Node) -> fx.Node:

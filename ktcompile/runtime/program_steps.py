@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ktcompile import _native
 from ktcompile._native import ElementOp, Opcode
+from ktcompile.graph.shapes import same_sizes
 
 ELEMENTS = {
     torch.float32: _native.Element.f32,
@@ -362,8 +363,8 @@ def _elementwise(
         raise UnsupportedError("elements of another dtype")
     if len(inputs) == 2:
         second = _tensor(inputs[1])
-        same = second.shape == first.shape
-        single = first.dim() > 0 and second.shape == (*first.shape[:-1], 1)
+        same = same_sizes(second.shape, first.shape)
+        single = same_sizes(second.shape, (*first.shape[:-1], 1))
         if second.dtype != first.dtype or not (same or single):
             raise UnsupportedError("tensors that do not fit")
     whole = [(_ELEMENT_OPS.index(op), -1), (_ELEMENTS.index(ELEMENTS[result]), -1)]
@@ -377,13 +378,17 @@ _ELEMENT_OPS = [
 _ELEMENTS = list(ELEMENTS.values())
 
 
+def _ends_with_one(x: Any) -> bool:
+    return same_sizes(_tensor(x).shape[-1:], (1,))
+
+
 def _binary(op: ElementOp) -> Callable[[Builder, fx.Node], None]:
     def add(b: Builder, node: fx.Node) -> None:
         if len(node.args) != 2 or node.kwargs:
             raise UnsupportedError("an operation with more arguments")
         x, y = node.args
         # The second may be the smaller one.
-        if op in (ElementOp.add, ElementOp.mul) and _tensor(x).shape[-1:] == (1,) and _tensor(y).shape[-1:] != (1,):
+        if op in (ElementOp.add, ElementOp.mul) and _ends_with_one(x) and not _ends_with_one(y):
             x, y = y, x
         _elementwise(b, node, op, (x, y))
 
