@@ -88,7 +88,8 @@ class DeviceOptions:
 class CompileOptions(DeviceOptions):
     """Options of `torch.compile(model, backend="kt", options={...})`: those of the device, and these.
 
-    weight_format: "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
+    weight_format: of experts. "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
+    dense_format: likewise of linear layers with 512 outputs and more. Smaller ones, routers among them, keep theirs.
     weights: "copy" leaves the model as it is; "take" frees the source storage of what is packed,
     after which only the compiled model can be called.
     inner: who runs the graph. "program": kernels, and what stands between them, without Python, what is left operation
@@ -100,6 +101,7 @@ class CompileOptions(DeviceOptions):
     """
 
     weight_format: str = "auto"
+    dense_format: str = "auto"
     weights: str = "copy"
     inner: str = "auto"
     isa: str | None = None
@@ -109,6 +111,7 @@ class CompileOptions(DeviceOptions):
     def __post_init__(self) -> None:
         DeviceOptions.__post_init__(self)
         check_format(self.weight_format)
+        check_format(self.dense_format, "dense_format")
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("inner", self.inner, INNER)
         if self.isa is not None:

@@ -21,6 +21,9 @@ from ktcompile.ops.spec import LinearSpec
 from ktcompile.quant import FORMATS
 
 _LINEAR = torch._C._nn.linear
+# Layers with fewer outputs keep their format. They are a small part of what a step reads, and routers, which are among
+# them, choose by small differences.
+_FEWEST_FEATURES = 512
 _ARGUMENTS = ("input", "weight", "bias")
 _DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
 
@@ -39,25 +42,26 @@ class _Layer(NamedTuple):
 def pack_linear(
     options: CompileOptions,
 ) -> Callable[[fx.GraphModule, Sequence[object], CompileReport], int]:
-    """Return the pass for `options`, whose ISA holds for every layer. Weights keep their format."""
+    """Return the pass for `options`, whose ISA and format of dense layers hold for every layer that is not small."""
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
         if needs_gradients(example_inputs):
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         values = dict(zip(placeholders, example_inputs, strict=False))
-        by_input: dict[fx.Node, list[_Layer]] = {}
+        together: dict[tuple[fx.Node, str], list[_Layer]] = {}
         for node in gm.graph.nodes:
             layer = _layer(node, values)
             if layer is not None:
-                by_input.setdefault(layer.x, []).append(layer)
-        for number, (x, layers) in enumerate(by_input.items()):
-            spec = LinearSpec(len(layers), isa=options.isa)
+                weight_format = options.dense_format if layer.features >= _FEWEST_FEATURES else "auto"
+                together.setdefault((layer.x, weight_format), []).append(layer)
+        for number, ((x, weight_format), layers) in enumerate(together.items()):
+            spec = LinearSpec(len(layers), weight_format, options.isa)
             parts = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
             positions = tuple(None if n is None else placeholders.index(n) for n in parts)
             handle = add_packed_input(gm, f"packed_linear_{number}", PackedInput(positions, spec))
             _replace(gm, x, layers, handle)
-        return sum(map(len, by_input.values()))
+        return sum(map(len, together.values()))
 
     return run
 

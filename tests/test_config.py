@@ -26,6 +26,7 @@ def test_defaults():
 def test_every_option_can_be_given():
     options = {
         "weight_format": "bf16",
+        "dense_format": "int8",
         "weights": "take",
         "inner": "eager",
         "isa": "scalar",

@@ -166,3 +166,23 @@ def test_the_pass_can_be_left_out():
     run = torch.compile(module, backend="kt", options=OPTIONS | {"disable_passes": ["pack_linear"]})
     assert_exact(run(x), module(x))
     assert matches() == []
+
+
+def test_large_layers_take_the_format_of_dense_layers_and_small_ones_keep_theirs(monkeypatch):
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate = nn.Linear(64, 512), nn.Linear(64, 512, bias=False)
+            self.router, self.down = nn.Linear(64, 511, bias=False), nn.Linear(512, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x)) + self.router(x).sum(-1, keepdim=True)
+
+    module = Block().requires_grad_(False)
+    packed = packed_layers(monkeypatch)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    error = (compiled(module, dense_format="int8")(x) - module(x)).norm() / module(x).norm()
+    assert {(p.out_features, p.format.name) for p in packed} == {(1024, "int8"), (511, "fp32"), (64, "fp32")}
+    assert 0 < error < 0.02

@@ -153,10 +153,10 @@ def full_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def check_format(name: str) -> str:
-    """Return `name`. ValueError: it is neither "auto" nor the name of a format."""
+def check_format(name: str, option: str = "weight_format") -> str:
+    """Return `name`, of `option`. ValueError: it is neither "auto" nor the name of a format."""
     if name != "auto" and full_name(name) not in FORMATS:
-        raise ValueError(f"weight_format is {name!r}; it must be one of {', '.join(('auto', *ALIASES, *FORMATS))}")
+        raise ValueError(f"{option} is {name!r}; it must be one of {', '.join(('auto', *ALIASES, *FORMATS))}")
     return name
 
 
