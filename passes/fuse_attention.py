@@ -18,9 +18,9 @@ from ktcompile.config import CompileOptions
 from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.report import CompileReport
 from ktcompile.log import warn_once
+from ktcompile.quant import FLOAT_DTYPES
 
 _TARGET = torch.nn.functional.scaled_dot_product_attention
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Call(NamedTuple):
@@ -69,7 +69,7 @@ def _why_not(call: _Call) -> str:
     query, key, value = tensors
     if any(t.device.type != "cpu" for t in tensors):
         return f"its tensors are on {query.device}"
-    if query.dtype not in _DTYPES or key.dtype != value.dtype:
+    if query.dtype not in FLOAT_DTYPES or key.dtype != value.dtype:
         return f"its tensors are {query.dtype}, {key.dtype} and {value.dtype}"
     if not isinstance(call.dropout_p, (int, float)) or call.dropout_p:
         return f"dropout_p is {call.dropout_p}"
@@ -85,7 +85,7 @@ def _why_not(call: _Call) -> str:
     if not all(statically_known_true(query.shape[0] == t.shape[0]) for t in (key, value)):
         return "query, key and value have not the same number of sequences"
     mask = _value(call.attn_mask)
-    if mask is not None and (mask.dim() < 2 or mask.dtype not in (torch.bool, *_DTYPES)):
+    if mask is not None and (mask.dim() < 2 or mask.dtype not in (torch.bool, *FLOAT_DTYPES)):
         return f"its mask is {list(mask.shape)} of {mask.dtype}"
     return ""
 

@@ -15,9 +15,7 @@ from ktcompile.graph.norms import NormFacts, describe_norm, epsilon_of
 from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.regions import value_of
 from ktcompile.graph.report import CompileReport
-from ktcompile.quant import FORMATS
-
-_DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
+from ktcompile.quant import FLOAT_DTYPES
 
 
 def fuse_norm(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
@@ -61,7 +59,7 @@ def _replace(
         return False
     (weight,), (x,), (output,) = weights, others, outputs
     before, after = value_of(x), value_of(output)
-    if before.dtype not in _DTYPES or before.dtype != after.dtype or before.shape != after.shape:
+    if before.dtype not in FLOAT_DTYPES or before.dtype != after.dtype or before.shape != after.shape:
         return False
     owner = owners.find(parameters[weight])
     if owner is None or owner.module._parameters.get("weight") is not parameters[weight]:

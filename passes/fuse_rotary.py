@@ -18,9 +18,8 @@ from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.regions import value_of
 from ktcompile.graph.report import CompileReport
 from ktcompile.graph.shapes import same_sizes
-from ktcompile.quant import FORMATS
+from ktcompile.quant import FLOAT_DTYPES
 
-_DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
 _ADD, _MUL, _NEG = (operator.add, torch.add, "add"), (operator.mul, torch.mul, "mul"), (operator.neg, torch.neg, "neg")
 _CAT = (torch.cat, torch.concat, torch.concatenate)
 
@@ -133,7 +132,7 @@ def _fits(rotation: _Rotation) -> bool:
     x, cos, sin, result = (value_of(n) for n in (rotation.x, rotation.cos, rotation.sin, rotation.result))
     if not all(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in (x, cos, sin)):
         return False
-    if x.dtype not in _DTYPES or not x.dtype == cos.dtype == sin.dtype == result.dtype:
+    if x.dtype not in FLOAT_DTYPES or not x.dtype == cos.dtype == sin.dtype == result.dtype:
         return False
     # One sequence's angles may stand for all; nothing else is broadcast.
     if x.dim() != 4 or cos.dim() != 4:

@@ -18,14 +18,13 @@ from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.packed import PackedInput, add_packed_input
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.spec import LinearSpec
-from ktcompile.quant import FORMATS
+from ktcompile.quant import FLOAT_DTYPES
 
 _LINEAR = torch._C._nn.linear
 # Layers with fewer outputs keep their format. They are a small part of what a step reads, and routers, which are among
 # them, choose by small differences.
 _FEWEST_FEATURES = 512
 _ARGUMENTS = ("input", "weight", "bias")
-_DTYPES = {f.storage for f in FORMATS.values() if f.storage is not None}
 
 
 class _Layer(NamedTuple):
@@ -84,7 +83,7 @@ def _layer(node: fx.Node, values: dict[fx.Node, object]) -> _Layer | None:
 
 
 def _can_be_packed(value: torch.Tensor) -> bool:
-    return value.device.type == "cpu" and value.dtype in _DTYPES and value.numel() > 0
+    return value.device.type == "cpu" and value.dtype in FLOAT_DTYPES and value.numel() > 0
 
 
 def _replace(gm: fx.GraphModule, x: fx.Node, layers: Sequence[_Layer], handle: fx.Node) -> None:

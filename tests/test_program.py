@@ -140,6 +140,25 @@ def test_parts_and_other_operations_keep_their_order(parts: Parts) -> None:
     assert parts.calls >= 2
 
 
+def written_through_a_view(x: Tensor, cache: Tensor) -> Any:
+    before = (F.silu(cache) + x).reshape(-1)
+    torch.transpose(torch.unsqueeze(cache, 0), 0, 1).mul_(2.0)
+    return before, (F.silu(cache) + x).reshape(-1)
+
+
+def test_what_is_written_through_views_is_seen(parts: Parts) -> None:
+    results = []
+    for run in (
+        torch.compile(written_through_a_view, backend="kt", options={"inner": "program"}),
+        written_through_a_view,
+    ):
+        with torch.no_grad():
+            results.append(run(random(3, 4), random(3, 4, seed=1)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert parts.calls
+
+
 class Layers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import ktcompile.ops.attention  # noqa: F401  (defines kt::attention)
 from ktcompile.log import warn_once
+from ktcompile.quant import FLOAT_DTYPES
 
 NAME = "kt"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def register() -> None:
@@ -77,7 +77,7 @@ def _why_not(
         return "gradients are enabled; the fused attention only runs forward, under torch.no_grad()"
     if query.device.type != "cpu":
         return f"its tensors are on {query.device}"
-    if query.dtype not in _DTYPES or key.dtype not in _DTYPES or key.dtype != value.dtype:
+    if query.dtype not in FLOAT_DTYPES or key.dtype not in FLOAT_DTYPES or key.dtype != value.dtype:
         return f"its tensors are {query.dtype}, {key.dtype} and {value.dtype}"
     if dropout > 0:
         return f"dropout is {dropout}"

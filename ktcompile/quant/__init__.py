@@ -3,6 +3,7 @@
 from ktcompile.quant.activations import quantize_rows
 from ktcompile.quant.formats import (
     ALIASES,
+    FLOAT_DTYPES,
     FORMATS,
     QuantizedWeight,
     WeightFormat,
@@ -14,6 +15,7 @@ from ktcompile.quant.formats import (
 
 __all__ = [
     "ALIASES",
+    "FLOAT_DTYPES",
     "FORMATS",
     "QuantizedWeight",
     "WeightFormat",

@@ -138,6 +138,7 @@ ALIASES = {"int4": "int4_g32"}
 
 _BY_DTYPE = {f.storage: f for f in FORMATS.values() if f.storage is not None}
 _NATIVE = {torch.float32: _native.DType.f32, torch.float16: _native.DType.f16, torch.bfloat16: _native.DType.bf16}
+FLOAT_DTYPES = tuple(_NATIVE)  # of tensors that kernels read
 
 
 def native_dtype(dtype: torch.dtype, what: str) -> _native.DType:

@@ -8,6 +8,7 @@ in as few parts as their order allows, and a part is one call, whose steps run w
 from __future__ import annotations
 
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,11 @@ from ktcompile.runtime.program_steps import ELEMENTS, Builder, UnsupportedError,
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 # Fewer are not worth a call of their own.
 _FEWEST_STEPS = 3
+# Functions whose results may share the memory of their first argument; methods all may.
+_VIEWS = (
+    *("getitem", "split", "chunk", "tensor_split", "unbind", "transpose", "swapaxes", "permute", "movedim", "t"),
+    *("reshape", "flatten", "ravel", "unsqueeze", "squeeze", "select", "narrow", "diagonal", "broadcast_to"),
+)
 _numbers = itertools.count()
 
 
@@ -112,7 +118,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _may_be_view(node: fx.Node) -> bool:
-    return node.op == "call_method" or "getitem" in str(node.target) or "split" in str(node.target)
+    return node.op == "call_method" or getattr(node.target, "__name__", "") in _VIEWS
 
 
 class Part:
@@ -222,8 +228,4 @@ def _call(graph: fx.Graph, part: Part, values: dict[fx.Node, fx.Node]) -> None:
     run.__name__ = run.__qualname__ = f"part_{next(_numbers)}"  # a name that the graph's own code can have
     results = graph.call_function(run, tuple(values[n] for n in part.inputs))
     for i, node in enumerate(part.outputs):
-        values[node] = graph.call_function(_getitem, (results, i))
-
-
-def _getitem(values: Sequence[Any], i: int) -> Any:
-    return values[i]
+        values[node] = graph.call_function(operator.getitem, (results, i))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
@@ -14,6 +13,7 @@ from torch import Tensor, fx
 from ktcompile import _native
 from ktcompile._native import ElementOp, Opcode
 from ktcompile.graph.shapes import same_sizes
+from ktcompile.quant import FLOAT_DTYPES
 
 ELEMENTS = {
     torch.float32: _native.Element.f32,
@@ -22,7 +22,6 @@ ELEMENTS = {
     torch.int64: _native.Element.i64,
     torch.bool: _native.Element.boolean,
 }
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_DIMENSIONS = 6
 _END = 2**62  # of a slice that goes to the end
 
@@ -206,7 +205,7 @@ def _shape(args: Sequence[Any]) -> Sequence[Any]:
     return args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
 
 
-_MISSING = inspect.Parameter.empty
+_MISSING: Any = object()
 
 
 def _reshape(b: Builder, node: fx.Node) -> None:
@@ -359,7 +358,7 @@ def _elementwise(
     one."""
     first = _tensor(inputs[0])
     result = dtype or first.dtype
-    if any(_tensor(x).dtype not in _FLOATS for x in inputs) or result not in _FLOATS or first.dim() == 0:
+    if any(_tensor(x).dtype not in FLOAT_DTYPES for x in inputs) or result not in FLOAT_DTYPES or first.dim() == 0:
         raise UnsupportedError("elements of another dtype")
     if len(inputs) == 2:
         second = _tensor(inputs[1])
@@ -434,17 +433,11 @@ def _is_last(x: Any, d: Any) -> bool:
 
 
 def _softmax(b: Builder, node: fx.Node) -> None:
-    x, d, _, dtype = _arguments(node, input=_MISSING, dim=None, _stacklevel=3, dtype=None)
+    # `_stacklevel` is a parameter of torch.nn.functional's alone.
+    names = {"input": _MISSING, "dim": None} | ({"_stacklevel": 3} if node.target is F.softmax else {})
+    x, d, *_, dtype = _arguments(node, **names, dtype=None)
     value = _tensor(x)
-    if (dtype or value.dtype) is not torch.float32 or value.dtype not in _FLOATS or not _is_last(x, d):
-        raise UnsupportedError("a softmax of another kind")
-    b.are(node, b.step(Opcode.softmax, [b.array(x)]))
-
-
-def _torch_softmax(b: Builder, node: fx.Node) -> None:
-    x, d, dtype = _arguments(node, input=_MISSING, dim=None, dtype=None)
-    value = _tensor(x)
-    if (dtype or value.dtype) is not torch.float32 or value.dtype not in _FLOATS or not _is_last(x, d):
+    if (dtype or value.dtype) is not torch.float32 or value.dtype not in FLOAT_DTYPES or not _is_last(x, d):
         raise UnsupportedError("a softmax of another kind")
     b.are(node, b.step(Opcode.softmax, [b.array(x)]))
 
@@ -516,8 +509,8 @@ _HANDLERS: dict[object, Callable[[Builder, fx.Node], None]] = {
     "to": _to,
     "float": _float,
     F.softmax: _softmax,
-    torch.softmax: _torch_softmax,
-    "softmax": _torch_softmax,
+    torch.softmax: _softmax,
+    "softmax": _softmax,
     torch.topk: _topk,
     "topk": _topk,
     "sum": _sum,
