@@ -229,9 +229,7 @@ class _ShapeRun:
 
     def _measure_ceilings(self) -> Ceilings:
         now = self._probe.measure()
-        best = self._best or now
-        flops = {kind: max(rate, best.flops[kind]) for kind, rate in now.flops.items()}
-        self._best = Ceilings(max(now.bandwidth, best.bandwidth), flops)
+        self._best = now.highest(self._best)
         return now
 
 

@@ -23,6 +23,13 @@ class Ceilings:
     bandwidth: float
     flops: dict[str, float]
 
+    def highest(self, other: Ceilings | None) -> Ceilings:
+        """Return the higher of each of these and those of another moment."""
+        if other is None:
+            return self
+        flops = {kind: max(rate, other.flops[kind]) for kind, rate in self.flops.items()}
+        return Ceilings(max(self.bandwidth, other.bandwidth), flops)
+
 
 class Probe:
     """Measures the ceilings in some 50 ms, often enough to follow a machine whose memory others use too."""

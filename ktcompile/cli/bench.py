@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktcompile.cli import bench_model
-from ktcompile.cli.bench_session import session, write
+from ktcompile.cli.bench_session import replot, session, write
 from ktcompile.plan.files import check_writable
 
 if TYPE_CHECKING:
@@ -156,14 +156,7 @@ def _measure(benchmark: KernelsBenchmark, out: Path | None) -> KernelsReport:
 def _replot(args: argparse.Namespace) -> int:
     from ktcompile.bench.report import KernelsReport
 
-    if not args.plot:
-        raise ValueError("--replot needs --plot OUT.png")
-    try:
-        report = KernelsReport.from_json(json.loads(args.replot.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{args.replot} cannot be drawn: {error}") from error
-    _draw(report, args.plot)
-    return 0
+    return replot(args, KernelsReport.from_json, _draw)
 
 
 def _draw(report: KernelsReport, path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli.bench_session import session, write
+from ktcompile.cli.bench_session import replot, session, write
 from ktcompile.cli.sizes import human
 from ktcompile.plan.files import check_writable
 
@@ -154,14 +153,7 @@ def _pairs(values: list[str], option: str, form: str) -> dict[str, str]:
 def _replot(args: argparse.Namespace) -> int:
     from ktcompile.bench.model.report import ModelReport
 
-    if not args.plot:
-        raise ValueError("--replot needs --plot OUT.png")
-    try:
-        report = ModelReport.from_json(json.loads(args.replot.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{args.replot} cannot be drawn: {error}") from error
-    _draw(report, args.plot)
-    return 0
+    return replot(args, ModelReport.from_json, _draw)
 
 
 def _draw(report: ModelReport, path: Path) -> None:

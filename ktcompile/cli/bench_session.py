@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from ktcompile.bench.listener import Report
 
+R = TypeVar("R")
 # From here on a machine is not idle.
 _LOAD_TO_MENTION = 0.5
 _SECONDS_OF_A_LINE = 60
@@ -76,6 +78,18 @@ def write(report: Report, out: Path | None) -> None:
         unfinished = out.with_name(out.name + ".part")
         unfinished.write_text(json.dumps(report.to_json(), indent=1) + "\n")
         unfinished.replace(out)
+
+
+def replot(args: argparse.Namespace, from_json: Callable[[Any], R], draw: Callable[[R, Path], None]) -> int:
+    """Draw what --json wrote. Return the exit status. ValueError: --plot is missing, or the file cannot be drawn."""
+    if not args.plot:
+        raise ValueError("--replot needs --plot OUT.png")
+    try:
+        report = from_json(json.loads(args.replot.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{args.replot} cannot be drawn: {error}") from error
+    draw(report, args.plot)
+    return 0
 
 
 def _machine(threads: int, libraries: Iterable[str]) -> dict[str, Any]:

@@ -245,7 +245,5 @@ class _Run:
 
     def _measure_ceilings(self) -> Ceilings:
         now = self._probe.measure()
-        best = self._best or now
-        flops = {kind: max(rate, best.flops[kind]) for kind, rate in now.flops.items()}
-        self._best = Ceilings(max(now.bandwidth, best.bandwidth), flops)
+        self._best = now.highest(self._best)
         return now
