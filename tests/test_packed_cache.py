@@ -595,7 +595,7 @@ def resident(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(name)) * 1024
 
-ktcompile.load(packed_cache="off")
+warm = ktcompile.load(packed_cache="off")  # kept: its memory must not be used again below
 before = resident("RssAnon")
 model = ktcompile.load(sys.argv[1], packed_cache=sys.argv[2])
 with torch.no_grad():
@@ -616,4 +616,6 @@ def test_what_is_mapped_is_not_in_the_memory_of_the_process(tmp_path, cache):
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
         packed, anonymous, was_mapped = result.stdout.split()
         assert was_mapped == str(mapped) and int(packed) > 5e8
-        assert (int(anonymous) < 8e7) if mapped else (int(anonymous) > int(packed))
+        # Far apart: a tenth of it, where packed weights are pages of the file, or nearly all.
+        share = int(anonymous) / int(packed)
+        assert share < 0.13 if mapped else share > 0.9
