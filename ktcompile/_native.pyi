@@ -28,6 +28,8 @@ class Layout(enum.Enum):
 
     mxfp4 = 7
 
+    int4_dyn = 8
+
 class ScaleType(enum.Enum):
     none = 0
 

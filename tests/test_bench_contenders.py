@@ -32,6 +32,7 @@ def test_every_format_on_every_isa():
 
 def test_int8_rows_are_bounded_by_int8_arithmetic():
     assert roofline.arithmetic_of("int8_dyn", "avx2") == "int8/avx2"
+    assert roofline.arithmetic_of("int4_dyn", "avx512") == "int8/avx512"
     assert roofline.arithmetic_of("int8", "avx2") == "float/avx2"
     peers = who.peer_contenders(["kt-kernel-int4", "transformers-eager"], threads=2, kt_threads=[1])
     assert [c.arithmetic.split("/")[0] for c in peers] == ["int8", "float"]

@@ -44,7 +44,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def assert_right(got: torch.Tensor, wanted: torch.Tensor, weight_format: str, what: str) -> None:
     """Fail unless `got` is what the format makes of the layer, where `wanted` is in fp64."""
-    if weight_format == "int8_dyn":
+    if FORMATS[weight_format].dynamic:
         # A code of an activated row that lies between two integers may go either way; native_tests allow for no more.
         assert relative_error(got, wanted) < 1e-2, what
     else:
@@ -53,7 +53,8 @@ def assert_right(got: torch.Tensor, wanted: torch.Tensor, weight_format: str, wh
 
 def order_of_sums(isa: str, weight_format: str, dtype: torch.dtype) -> bool:
     """Return what, beside the arguments, decides on the bits of a result: whether floats are summed on tiles."""
-    return dtype == torch.bfloat16 and weight_format not in ("fp32", "fp16", "int8_dyn") and _native.sums_on_tiles(isa)
+    floats = weight_format in ("fp32", "fp16") or FORMATS[weight_format].dynamic
+    return dtype == torch.bfloat16 and not floats and _native.sums_on_tiles(isa)
 
 
 def on_every_isa(experts: PackedExperts, inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
@@ -141,7 +142,7 @@ def test_a_row_does_not_depend_on_the_values_of_others(weight_format):
         for (isa, want), (_, got) in zip(*map(list, results), strict=True):
             assert_exact(got[others], want[others], isa)
             assert got[3].isnan().all(), isa
-            assert weight_format != "int8_dyn" or got[8].isnan().all(), isa
+            assert not FORMATS[weight_format].dynamic or got[8].isnan().all(), isa
 
 
 def test_slots_may_come_in_any_order():
@@ -537,8 +538,8 @@ def test_a_bad_layer_raises_and_names_the_value(case):
         ("int8_dyn", 0, "bf16", False, "int8_dyn has group 0, scales f32 and"),
         ("fp8", 48, "f32", False, "no fp8 with group 48,"),
         ("fp8", 128, "f32", True, "scales f32 and zero points: fp8 has group 0, 32, 64 or 128,"),
-        ("int4", 0, "bf16", False, "int4 has group 32, 64 or 128,"),
-        ("int4", 32, "f32", True, "int4 has group 32, 64 or 128, scales f16 or bf16,"),
+        ("int4", 0, "bf16", False, "int4 and int4_dyn have group 32, 64 or 128,"),
+        ("int4_dyn", 32, "f32", True, "int4 and int4_dyn have group 32, 64 or 128, scales f16 or bf16,"),
         ("mxfp4", 32, "bf16", False, "mxfp4 has group 32, scales e8m0"),
         ("mxfp4", 64, "e8m0", False, "no mxfp4 with group 64,"),
         ("bf16", 0, "f32", False, "no bf16 with group 0, scales f32 and no zero points: floats have"),

@@ -26,7 +26,19 @@ from ktcompile.models.packed_cache import PackedCache, cache_for, key_of
 from ktcompile.models.packed_file import PackedFile, PackedFileError
 from ktcompile.ops.self_check import FirstCall
 
-FORMATS = ("fp32", "fp16", "bf16", "int8", "int8_dyn", "int4_g32", "int4_g64_zp", "fp8", "fp8_channel", "mxfp4")
+FORMATS = (
+    "fp32",
+    "fp16",
+    "bf16",
+    "int8",
+    "int8_dyn",
+    "int4_g32",
+    "int4_g64_zp",
+    "int4_g128_dyn",
+    "fp8",
+    "fp8_channel",
+    "mxfp4",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from helpers.compare import assert_exact, relative_error
 from torch import Tensor
 
 from ktcompile.ops import Activation, ExpertsSpec, reference
-from ktcompile.quant import ALIASES, FORMATS, formats, quantize_rows, resolve_format
+from ktcompile.quant import ALIASES, FORMATS, WeightFormat, formats, resolve_format
 
 QUANTIZED = tuple(name for name, f in FORMATS.items() if f.codec is not None)
 every_format = pytest.mark.parametrize("name", QUANTIZED)
-LAYOUTS = {"f32", "f16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4"}
+LAYOUTS = {"f32", "f16", "bf16", "int8", "int8_dyn", "int4", "int4_dyn", "fp8", "mxfp4"}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -35,8 +35,8 @@ def test_bytes_per_weight_are_what_is_stored(name):
     f = FORMATS[name]
     rows, columns = 64, 4096
     made = f.quantize(normal(rows, columns))
-    bits = 4 if f.layout in ("int4", "mxfp4") else 8
-    scale_bytes = {"int4": 2, "mxfp4": 1}.get(f.layout, 4)
+    bits = 4 if f.layout in ("int4", "int4_dyn", "mxfp4") else 8
+    scale_bytes = {"int4": 2, "int4_dyn": 2, "mxfp4": 1}.get(f.layout, 4)
     stored = rows * columns * bits / 8 + made.scales.numel() * scale_bytes
     stored += 0 if made.zeros is None else made.zeros.numel()
     assert stored / (rows * columns) == pytest.approx(f.bytes_per_weight, rel=1e-3)
@@ -117,7 +117,7 @@ def test_names():
     for name in FORMATS:
         assert resolve_format(name, torch.float32) is FORMATS[name]
     assert resolve_format("auto", torch.float16).name == "fp16"
-    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of auto, int4, fp32"):
+    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of auto, int4, int4_dyn, fp32"):
         resolve_format("int3", torch.float32)
     with pytest.raises(ValueError, match=r"the weight has dtype torch.float64; it must be one of torch.float32"):
         resolve_format("auto", torch.float64)
@@ -137,8 +137,8 @@ def test_a_layer_is_within_the_budget_of_its_format(name, seed):
     stored_gate_up, stored_down = f.round_trip(gate_up), f.round_trip(down)
     for e in range(E):
         token, slot = torch.where(ids_TK == e)
-        gate, up = linear(x_TH[token], stored_gate_up[e], f.layout).chunk(2, -1)
-        result = linear(F.silu(gate) * up, stored_down[e], f.layout)
+        gate, up = linear(x_TH[token], stored_gate_up[e], f).chunk(2, -1)
+        result = linear(F.silu(gate) * up, stored_down[e], f)
         got.index_add_(0, token, result * weights_TK[token, slot, None])
     error = relative_error(got, wanted)
     assert error < f.error_budget
@@ -146,8 +146,5 @@ def test_a_layer_is_within_the_budget_of_its_format(name, seed):
     assert error > f.error_budget * 0.3
 
 
-def linear(x: Tensor, w: Tensor, layout: str) -> Tensor:
-    if layout == "int8_dyn":
-        codes, scales = quantize_rows(x)
-        x = codes * scales
-    return F.linear(x, w)
+def linear(x: Tensor, w: Tensor, weight_format: WeightFormat) -> Tensor:
+    return F.linear(reference.rows_of(weight_format)(x).float(), w)

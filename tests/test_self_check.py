@@ -355,7 +355,7 @@ def test_kernels_that_compute_wrongly_are_named(weight_format, fault, monkeypatc
 
 
 @pytest.mark.parametrize("missing", ["gate_up_bias", "down_bias"])
-@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int8_dyn"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int8_dyn", "int4_g32_dyn"])
 def test_a_missing_bias_is_found(weight_format, missing, monkeypatch):
     layer, experts = shared_layer(weight_format)
     experts.isa = machine().isa
@@ -444,7 +444,7 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("weight_format", ["bf16", "int8_dyn", "int4_g32_zp"])
+@pytest.mark.parametrize("weight_format", ["bf16", "int8_dyn", "int4_g32_zp", "int4_g32_dyn"])
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_rows_that_cannot_be_compared_are_waited_out(kind, weight_format, monkeypatch):
     layer = random_layer(weight_format=weight_format, bias=True)

@@ -275,7 +275,7 @@ class Moves(RuleBasedStateMachine):
     """Experts move, copies are late or fail, calls begin and end between: every result is right."""
 
     @initialize(
-        weight_format=st.sampled_from(("fp32", "bf16", "int8_dyn", "int4_g32_zp", "mxfp4")),
+        weight_format=st.sampled_from(("fp32", "bf16", "int8_dyn", "int4_g32_zp", "int4_g32_dyn", "mxfp4")),
         room=st.integers(0, EXPERTS),
         keep=st.booleans(),
         streaming=st.none() | st.builds(Streaming, st.sampled_from((1, 7, 40)), st.integers(1, 3)),

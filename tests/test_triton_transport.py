@@ -15,7 +15,7 @@ from ktcompile.ops.triton.transport import ExpertLayout, ExpertMemory
 from ktcompile.quant import FORMATS, QuantizedWeight
 
 CPU = torch.device("cpu")
-WITH_KERNELS = [name for name in FORMATS if name != "int8_dyn"]
+WITH_KERNELS = [name for name, f in FORMATS.items() if not f.dynamic]
 # (experts, hidden, intermediate): of one step of 128 columns and less, and of more than one, with rests of all kinds
 SIZES = [(2, 72, 56), (2, 200, 136), (2, 129, 257)]
 KINDS = [(Activation("silu"), False), (Activation("silu"), True), (Activation("relu", False), False)]

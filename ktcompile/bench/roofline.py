@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ktcompile import _native
 from ktcompile.machine import machine
+from ktcompile.quant import FORMATS, full_name
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _UNKNOWN_CACHE = 32 << 20
@@ -50,7 +51,7 @@ class Probe:
 
 def arithmetic_of(weight_format: str, isa: str) -> str:
     """Return the name of the arithmetic whose ceiling bounds this format on `isa`: kind/isa."""
-    return f"{'int8' if weight_format == 'int8_dyn' else 'float'}/{isa}"
+    return f"{'int8' if FORMATS[full_name(weight_format)].dynamic else 'float'}/{isa}"
 
 
 def fastest_arithmetic(kind: str, threads: int) -> str:

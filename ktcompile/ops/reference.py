@@ -6,6 +6,7 @@ Shape suffixes: T tokens, K top_k, H hidden_size, I intermediate_size, E experts
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,8 @@ Rows = Callable[[torch.Tensor], torch.Tensor]
 
 
 def rows_of(weight_format: WeightFormat) -> Rows:
-    """Return the function that turns rows into what a format multiplies, in fp64: int8_dyn quantises them."""
-    return _quantized_rows if weight_format.layout == "int8_dyn" else torch.Tensor.double
+    """Return the function that turns rows into what a format multiplies, in fp64: dynamic formats quantise them."""
+    return partial(_quantized_rows, weight_format.group_size or 0) if weight_format.dynamic else torch.Tensor.double
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -92,9 +93,14 @@ def _act(x: torch.Tensor, kind: str) -> torch.Tensor:
     return F.relu(x) if kind == "relu" else F.relu(x).square()
 
 
-def _quantized_rows(x: torch.Tensor) -> torch.Tensor:
+def _quantized_rows(group: int, x: torch.Tensor) -> torch.Tensor:
     """Return what `ktcompile.quant.quantize_rows` defines, with 127 / m as a division in fp32, as in the kernels: torch
-    computes a number over a tensor with the inverse of the tensor, and codes between two integers go the other way."""
+    computes a number over a tensor with the inverse of the tensor, and codes between two integers go the other way.
+    group: columns that share a scale; 0: all of them."""
+    if group:
+        columns = x.shape[-1]
+        groups = F.pad(x, (0, -columns % group)).unflatten(-1, (-1, group))
+        return _quantized_rows(0, groups).flatten(-2)[..., :columns]
     _, scales = quantize_rows(x)
     x, largest = x.float(), x.float().abs().amax(-1, keepdim=True)
     factors = torch.full_like(largest, 127).div_(largest).masked_fill_(scales == 0, 0)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 # Largest error of one weight, as a share of the largest magnitude of its group, by layout; a little above half a step.
 _ROUNDING = {"int8": 1 / 250, "int8_dyn": 1 / 250, "fp8": 1 / 15}
 # The same for the root mean square over a group, where the largest weights are clipped in favour of the others.
-_GROUP_ROUNDING = {"int4": 1 / 13, "mxfp4": 1 / 4}
+_GROUP_ROUNDING = {"int4": 1 / 13, "int4_dyn": 1 / 13, "mxfp4": 1 / 4}
 # Weights of which a share this small of the largest is lost: fp8 has no smaller numbers in a block.
 _LOST = 2.0**-18
 # Smaller numbers may be zero: the formats and the kernels do not keep them.
@@ -213,13 +213,13 @@ class FirstCall:
         biases = [None if b is None else b[expert] for b in self._biases]
         first = reference.linear(rows(x_RH), gate_up, biases[0])
         hidden_RI = reference.activate(first, spec.activation, spec.interleaved)
-        # int8_dyn quantises the part of each memory node for itself.
+        # Dynamic formats quantise the part of each memory node for itself.
         parts = [rows(part) for part in torch.split(hidden_RI, packed.native.slices, 1)]
         wanted_RH = reference.linear(torch.cat(parts, 1), down, biases[1])
         passing_R = _without_cutoff(first, spec.activation, spec.interleaved).norm(dim=1)
         scale_R = passing_R * float(torch.linalg.vector_norm(down, dtype=torch.float32)) / math.sqrt(down.shape[1])
         slack_R = torch.zeros_like(scale_R)
-        if packed.format.layout == "int8_dyn":  # two of the activated values may be rounded to the next code
+        if packed.format.dynamic:  # two of the activated values may be rounded to the next code
             slack_R = hidden_RI.abs().amax(1) * (2 / 127) * float(torch.linalg.vector_norm(down, dim=0).max())
         return _Expected(wanted_RH, scale_R, slack_R)
 

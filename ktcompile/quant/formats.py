@@ -25,6 +25,8 @@ class WeightFormat:
     group_size: columns that share a scale, 0 is all of them, None is without scales.
     storage: torch dtype whose rounding defines the values of a format without scales; else None.
     codec: what defines a format with scales; else None.
+    dynamic: the rows that weights are multiplied with are quantised too (`ktcompile.quant.quantize_rows`), in groups of
+    the same size.
     """
 
     name: str
@@ -34,6 +36,7 @@ class WeightFormat:
     group_size: int | None = None
     storage: torch.dtype | None = None
     codec: Codec | None = None
+    dynamic: bool = False
 
     @property
     def has_zero_points(self) -> bool:
@@ -121,10 +124,13 @@ FORMATS = {
         WeightFormat("fp16", "f16", 2, 0.0006, storage=torch.float16),
         WeightFormat("bf16", "bf16", 2, 0.005, storage=torch.bfloat16),
         WeightFormat("int8", "int8", 1, 0.018, 0, codec=Int8()),
-        WeightFormat("int8_dyn", "int8_dyn", 1, 0.028, 0, codec=Int8()),
+        WeightFormat("int8_dyn", "int8_dyn", 1, 0.028, 0, codec=Int8(), dynamic=True),
         WeightFormat("int4_g32", "int4", 0.5 + 2 / 32, 0.15, 32, codec=Int4(32)),
         WeightFormat("int4_g64", "int4", 0.5 + 2 / 64, 0.17, 64, codec=Int4(64)),
         WeightFormat("int4_g128", "int4", 0.5 + 2 / 128, 0.185, 128, codec=Int4(128)),
+        WeightFormat("int4_g32_dyn", "int4_dyn", 0.5 + 2 / 32, 0.15, 32, codec=Int4(32), dynamic=True),
+        WeightFormat("int4_g64_dyn", "int4_dyn", 0.5 + 2 / 64, 0.17, 64, codec=Int4(64), dynamic=True),
+        WeightFormat("int4_g128_dyn", "int4_dyn", 0.5 + 2 / 128, 0.185, 128, codec=Int4(128), dynamic=True),
         WeightFormat("int4_g32_zp", "int4", 0.5 + 3 / 32, 0.145, 32, codec=Int4Zero(32)),
         WeightFormat("int4_g64_zp", "int4", 0.5 + 3 / 64, 0.165, 64, codec=Int4Zero(64)),
         WeightFormat("int4_g128_zp", "int4", 0.5 + 3 / 128, 0.18, 128, codec=Int4Zero(128)),
@@ -134,7 +140,7 @@ FORMATS = {
     )
 }
 
-ALIASES = {"int4": "int4_g32"}
+ALIASES = {"int4": "int4_g32", "int4_dyn": "int4_g32_dyn"}
 
 _BY_DTYPE = {f.storage: f for f in FORMATS.values() if f.storage is not None}
 _NATIVE = {torch.float32: _native.DType.f32, torch.float16: _native.DType.f16, torch.bfloat16: _native.DType.bf16}

@@ -11,8 +11,18 @@ _SLICE_STEP = 128  # experts are cut between NUMA nodes at multiples of it
 _HUGE_PAGE = 2 << 20
 
 # Of one column and one group: its scale, then the column's sum (int8_dyn).
-_SCALE_BYTES = {"int8": 4, "int8_dyn": 4 + 4, "int4": 2, "fp8": 4, "mxfp4": 1}
-_CODE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int8_dyn": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
+_SCALE_BYTES = {"int8": 4, "int8_dyn": 4 + 4, "int4": 2, "int4_dyn": 2, "fp8": 4, "mxfp4": 1}
+_CODE_BITS = {
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "int8": 8,
+    "int8_dyn": 8,
+    "int4": 4,
+    "int4_dyn": 4,
+    "fp8": 8,
+    "mxfp4": 4,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,11 @@ ACTIVATIONS = (
     Activation("swigluoai", alpha=1.702, limit=0.7),
     *(Activation(kind, gated=False) for kind in _GATED),
 )
-# One format for each way to multiply and store activated rows: fp32, bf16 and int8.
-_ROW_KINDS = ("fp32", "bf16", "int8_dyn")
+# One format for each way to multiply and store activated rows: fp32, bf16, int8, and int8 in groups.
+_ROW_KINDS = ("fp32", "bf16", "int8_dyn", "int4_g32_dyn")
 QUICK_ACTIVATIONS = (Activation("silu"), Activation("swigluoai", alpha=1.702, limit=0.7))
 
-# A code of int8_dyn may round to its neighbour for a last bit in the rows.
+# A code of a dynamic format may round to its neighbour for a last bit in the rows.
 _CODE_STEP = 1e-2
 # By the dtype of the hidden states: it decides how outputs are rounded, and how intermediates may be.
 _BUDGETS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -156,7 +156,7 @@ class _Case:
             str(self._dtype).removeprefix("torch."),
             describe(self._layer.activation),
             error,
-            max(_BUDGETS[self._dtype], _CODE_STEP if self._layer.format.layout == "int8_dyn" else 0),
+            max(_BUDGETS[self._dtype], _CODE_STEP if self._layer.format.dynamic else 0),
             rows_equal,
             failure,
         )

@@ -121,7 +121,8 @@ NB_MODULE(_native, m) {
       .value("int8_dyn", kt::format::int8_dyn)
       .value("int4", kt::format::int4)
       .value("fp8", kt::format::fp8)
-      .value("mxfp4", kt::format::mxfp4);
+      .value("mxfp4", kt::format::mxfp4)
+      .value("int4_dyn", kt::format::int4_dyn);
   nb::enum_<kt::scale_type>(m, "ScaleType")
       .value("none", kt::scale_type::none)
       .value("f32", kt::scale_type::f32)

@@ -21,4 +21,21 @@ struct dot {
     return static_cast<i32>(static_cast<std::uint32_t>(a) - static_cast<std::uint32_t>(b));
   }
   static vec::f32 to_float(i32 x) { return static_cast<float>(x); }
+  static i32 add(i32 a, i32 b) { return a + b; }
+
+  // Products of codes of four bits, 0 to 15 less a zero point, with signed ones. `sums` holds those of 32 k. A row
+  // brings the sums of its codes of even and of odd k, negative, times which the zero points are added at first.
+  static constexpr int int4_loads(int) { return 1; }
+  static weights low_codes(const char* p) { return prepare(p) & 0x0f0f0f0fu; }
+  static weights high_codes(const char* p) { return prepare(p) >> 4 & 0x0f0f0f0fu; }
+  using sums = std::int32_t;
+  static sums add_int4(sums acc, i32 x, weights codes) {
+    for (int shift = 0; shift < 32; shift += 8)
+      acc += static_cast<signed char>(static_cast<std::uint32_t>(x) >> shift) * static_cast<int>(codes >> shift & 255u);
+    return acc;
+  }
+  static i32 total(sums acc) { return acc; }
+  static std::uint32_t int4_sum(int even, int odd) { return static_cast<std::uint32_t>(-even - odd); }
+  static sums int4_start(i32 row) { return 8 * row; }
+  static sums int4_start(i32 row, const char* zero) { return row * *zero; }
 };

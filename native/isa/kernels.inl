@@ -11,6 +11,7 @@
 #include "../kernels/attention_pack.inl"
 #include "../kernels/attention.inl"
 #include "../kernels/unpack.inl"
+#include "../kernels/gemm_int4.inl"
 
 inline double int8_arithmetic(std::size_t rounds) {
   return arithmetic_chains(rounds, dot::set1(0x01010101), dot::zero(), 8.0 * vec::lanes, [](dot::i32 acc, dot::i32 x) {
@@ -35,8 +36,11 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   set(format::fp8, gemm_fp8<codes>);
   set(format::mxfp4, gemm_mxfp4<codes>);
   set(format::int8_dyn, each_panel<gemm_int8_dyn<dot, 4>>);
+  set(format::int4_dyn, each_panel<gemm_int4_dyn<dot>>);
   t.rows = rows;
-  t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows>, activate<block<float, 1, 1>>};
+  t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows ? unsigned_codes : plain_codes>,
+                 activate<block<float, 1, 1>>};
+  t.int4_rows = {1, pack_int8_rows<int8_block, int4_codes>, activate<block<float, 1, 1>>};
   t.quantize_rows = quantize_rows;
   t.accumulate = accumulate;
   t.store = store;

@@ -96,11 +96,16 @@ void pack_rows(const pack_rows_job& job) {
   }
 }
 
-// Copies codes of int8 rows; with `Flip` as code + 128.
-template <class Block, bool Flip>
+// How four codes of a row are stored.
+constexpr std::uint32_t plain_codes(std::uint32_t four) { return four; }
+constexpr std::uint32_t unsigned_codes(std::uint32_t four) { return four ^ 0x80808080u; }  // code + 128
+constexpr std::uint32_t int4_codes(std::uint32_t four) {  // the second and the third exchanged, as int4 has its own
+  return (four & 0xff0000ffu) | (four & 0xff00u) << 8 | (four >> 8 & 0xff00u);
+}
+
+template <class Block, std::uint32_t (*Stored)(std::uint32_t)>
 void pack_int8_rows(const pack_rows_job& job) {
   const typename Block::cut tiles(job.rows);
-  constexpr std::uint32_t flip = Flip ? 0x80808080u : 0u;
   for (int t = 0; t < tiles.count; ++t) {
     const int begin = tiles.begin(t), rows = tiles.begin(t + 1) - begin;
     char* tile = static_cast<char*>(job.packed) + begin * job.k_padded;
@@ -108,42 +113,63 @@ void pack_int8_rows(const pack_rows_job& job) {
       const std::size_t from = job.index ? job.index[begin + r] : begin + r;
       const char* row = static_cast<const char*>(job.source) + from * job.stride;
       for (std::size_t k = 0; k < job.k_padded; k += 4) {
-        const std::uint32_t four = load_as<std::uint32_t>(row + k) ^ flip;
+        const std::uint32_t four = Stored(load_as<std::uint32_t>(row + k));
         __builtin_memcpy(&Block::at(tile, rows, r, k), &four, 4);
       }
     }
   }
 }
 
+// The codes of [begin, end) of a row, which share the scale that is returned. at(k): `vec::lanes` numbers; from
+// k = `count` on there are none.
+template <class At>
+float quantize_span(std::size_t begin, std::size_t end, std::size_t count, At at, std::int8_t* codes) {
+  const std::size_t numbers = count < end ? count : end;
+  vec::f32 most = vec::zero(), finite = vec::zero();
+  for (std::size_t i = begin; i < numbers; i += vec::lanes) {
+    most = vec::max(vec::abs(at(i)), most);
+    finite = vec::fma(at(i), vec::zero(), finite);  // NaN from here on, if an element is none or infinite
+  }
+  float lanes[vec::lanes], nan[vec::lanes], scale = 0;
+  vec::store(lanes, most);
+  vec::store(nan, finite);
+  for (float x : lanes) scale = x > scale ? x : scale;
+  // Smaller rows are zero: the inverse of their scale might be no number.
+  const float inverse = scale >= 0x1p-100f ? 127.0f / scale : 0.0f;
+  scale = inverse > 0.0f ? scale / 127.0f : 0.0f;
+  for (float x : nan) scale = x == x ? scale : x;  // and so all of them
+  for (std::size_t i = begin; i < end; i += vec::lanes) {
+    std::int8_t some[vec::lanes] = {};
+    if (scale > 0.0f && i < numbers) vec::store_int8(some, vec::round(vec::mul(at(i), vec::set1(inverse))));
+    __builtin_memcpy(codes + i, some, i + vec::lanes <= end ? sizeof some : end - i);
+  }
+  return scale;
+}
+
 void quantize_rows(const quantize_rows_job& job) {
-  const std::size_t size = size_of(job.type);
+  const std::size_t size = size_of(job.type), whole = job.k / vec::lanes * vec::lanes;
+  float* scale = job.scale;
   for (std::size_t r = 0; r < job.rows; ++r) {
     const char* row = static_cast<const char*>(job.source) + r * job.stride * size;
     std::int8_t* codes = job.codes + r * job.k_padded;
     alignas(64) char rest[vec::lanes * 4] = {};
-    const std::size_t whole = job.k / vec::lanes * vec::lanes;
     if (whole < job.k) __builtin_memcpy(rest, row + whole * size, (job.k - whole) * size);
     const auto at = [&](std::size_t k) {
       return k < whole ? load_as_f32(row, job.type, k) : load_as_f32(rest, job.type, 0);
     };
-    vec::f32 most = vec::zero(), finite = vec::zero();
-    for (std::size_t k = 0; k < job.k; k += vec::lanes) {
-      most = vec::max(vec::abs(at(k)), most);
-      finite = vec::fma(at(k), vec::zero(), finite);  // NaN from here on, if an element is none or infinite
-    }
-    float lanes[vec::lanes], nan[vec::lanes], scale = 0;
-    vec::store(lanes, most);
-    vec::store(nan, finite);
-    for (float x : lanes) scale = x > scale ? x : scale;
-    // Smaller rows are zero: the inverse of their scale might be no number.
-    const float inverse = scale >= 0x1p-100f ? 127.0f / scale : 0.0f;
-    scale = inverse > 0.0f ? scale / 127.0f : 0.0f;
-    for (float x : nan) scale = x == x ? scale : x;  // and so the whole row
-    job.scale[r] = scale;
-    for (std::size_t k = 0; k < job.k_padded; k += vec::lanes) {
-      std::int8_t eight[vec::lanes] = {};
-      if (scale > 0.0f && k < job.k) vec::store_int8(eight, vec::round(vec::mul(at(k), vec::set1(inverse))));
-      __builtin_memcpy(codes + k, eight, k + vec::lanes <= job.k_padded ? sizeof eight : job.k_padded - k);
+    if (!job.group) *scale++ = quantize_span(0, job.k_padded, job.k, at, codes);
+    for (std::size_t k = 0, end; job.group && k < job.k_padded; k = end) {
+      end = k + job.group < job.k_padded ? k + job.group : job.k_padded;
+      *scale++ = quantize_span(k, end, job.k, at, codes);
+      for (std::size_t i = k; i < end; i += 32, ++scale) {
+        int even = 0, odd = 0;
+        for (int j = 0; j < 32; j += 2) {
+          even += codes[i + j];
+          odd += codes[i + j + 1];
+        }
+        const std::uint32_t sum = dot::int4_sum(even, odd);
+        __builtin_memcpy(scale, &sum, 4);
+      }
     }
   }
 }

@@ -12,17 +12,17 @@ constexpr std::size_t chunk_k = unpacked_bytes / PairBytes * 2;
 
 constexpr std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
 
-inline void load_scales(scale_type type, const char* scales, float* to) {
-  for (int c = 0; c < panel_columns; c += vec::lanes) {
-    if (type == scale_type::f32)
-      vec::store(to + c, vec::load(reinterpret_cast<const float*>(scales) + c));
-    else if (type == scale_type::f16)
-      vec::store(to + c, vec::load_f16(scales + 2 * c));
-    else if (type == scale_type::e8m0)
-      vec::store(to + c, vec::load_e8m0(scales + c));
-    else
-      vec::store(to + c, vec::load_bf16(scales + 2 * c));
+// Of `vec::lanes` columns from c on.
+[[gnu::always_inline]] inline vec::f32 load_scale(scale_type type, const char* scales, int c) {
+  switch (type) {
+    case scale_type::f32: return vec::load(reinterpret_cast<const float*>(scales) + c);
+    case scale_type::f16: return vec::load_f16(scales + 2 * c);
+    case scale_type::e8m0: return vec::load_e8m0(scales + c);
+    default: return vec::load_bf16(scales + 2 * c);
   }
+}
+inline void load_scales(scale_type type, const char* scales, float* to) {
+  for (int c = 0; c < panel_columns; c += vec::lanes) vec::store(to + c, load_scale(type, scales, c));
 }
 
 // Decodes 64 bytes of codes of a part of one group, which are two k or four. `Own`: with what the group has of its own,

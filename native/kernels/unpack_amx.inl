@@ -1,4 +1,5 @@
-// Panels of every format on AMX tiles: bf16 and int8_dyn as they lie, the others unpacked a chunk at a time. Included
+// Panels of every format on AMX tiles, but int4_dyn: groups of it are too short for a tile's sums to pay. bf16 and
+// int8_dyn are multiplied as they lie, the others unpacked a chunk at a time. Included
 // after kernels.inl and gemm_amx.inl.
 
 using bf16_tile_block = block<std::uint16_t, 32, 16>;
@@ -128,8 +129,10 @@ constexpr kernel_table tile_table() {
   set(format::fp8, each_panel<gemm_tiles_fp8>);
   set(format::mxfp4, each_panel<gemm_tiles_carried<format::mxfp4>>);
   set(format::int8_dyn, each_panel<gemm_tiles_int8_dyn>);
+  set(format::int4_dyn, each_panel<gemm_int4_dyn<dot>>);
   t.rows = {2, pack_rows<bf16_tile_block>, activate<bf16_tile_block>};
-  t.int8_rows = {1, pack_int8_rows<int8_tile_block, true>, activate<block<float, 1, 1>>};
+  t.int8_rows = {1, pack_int8_rows<int8_tile_block, unsigned_codes>, activate<block<float, 1, 1>>};
+  t.int4_rows = {1, pack_int8_rows<int8_block, int4_codes>, activate<block<float, 1, 1>>};
   t.quantize_rows = quantize_rows;
   t.accumulate = accumulate;
   t.store = store;

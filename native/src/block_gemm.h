@@ -20,7 +20,7 @@ inline std::size_t l2_bytes() {
 // fetched into the second level.
 struct prefetching {
   std::size_t floats, codes;  // bytes ahead
-  bool stream_alone;          // of floats, for few rows; more take as long as the next panel's way from memory
+  bool stream_alone;          // of floats and int4_dyn, for few rows; more take as long as the next panel's way here
 };
 inline prefetching prefetching_here() {
   return cpu_is_amd() ? prefetching{8192, 2048, true} : prefetching{1024, 1024, false};
@@ -32,12 +32,12 @@ class block_gemm {
   block_gemm(const kernel_table& kernels, const packed_weight& w)
       : gemm_(kernels.gemm[static_cast<int>(w.layout().format.kind)]),
         w_(w),
-        row_bytes_(w.layout().k *
-                   (w.layout().format.kind == format::int8_dyn ? kernels.int8_rows : kernels.rows).bytes) {
+        row_bytes_(w.layout().k * kernels.rows_for(w.layout().format.kind).bytes) {
     static const prefetching here = prefetching_here();
     const bool floats = is_float(w.layout().format.kind);
     distance_ = floats ? here.floats : here.codes;
-    stream_rows_ = floats && here.stream_alone ? few_rows : 0;
+    const bool streams = floats || w.layout().format.kind == format::int4_dyn;
+    stream_rows_ = streams && here.stream_alone ? few_rows : 0;
   }
 
   std::size_t row_bytes() const { return row_bytes_; }

@@ -30,9 +30,9 @@ bool runs_on(const isa& i, feature_set features) { return (i.required & features
 
 const kernel_table& kernels_for(const isa& i, format weights, dtype rows) {
   const kernel_table& k = *i.kernels;
-  // bf16 kernels need rows and weights in bf16; products of int8 take rows of any type.
+  // bf16 kernels need rows and weights in bf16; rows that are quantised may have any type.
   const bool runs =
-      k.gemm[static_cast<int>(weights)] && (weights == format::int8_dyn || !k.rows_in_bf16 || rows == dtype::bf16);
+      k.gemm[static_cast<int>(weights)] && (is_dynamic(weights) || !k.rows_in_bf16 || rows == dtype::bf16);
   return runs ? k : *i.fallback;
 }
 

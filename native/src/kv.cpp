@@ -18,7 +18,7 @@ void context::store_kv(const kernel_table& k, const store_kv_arguments& a) {
       const std::ptrdiff_t from = token * a.token_stride + head * a.head_stride;
       k.quantize_rows({static_cast<const char*>(a.rows) + from * static_cast<std::ptrdiff_t>(size_of(a.type)), a.type,
                        a.group, a.size / a.group, a.group, a.group, a.codes + at(a.code_strides),
-                       a.scales + at(a.scale_strides)});
+                       a.scales + at(a.scale_strides), 0});
     }
   };
   // A thread is not worth waking up for fewer elements.

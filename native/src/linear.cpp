@@ -26,15 +26,17 @@ struct cut {
 void context::linear(const packed_weight& w, const kernel_table& k, const linear_arguments& a) {
   if (!a.rows) return;
   const std::lock_guard lock(turn_);
-  const bool dynamic = w.layout().format.kind == format::int8_dyn;
-  const row_kernels& kind = dynamic ? k.int8_rows : k.rows;
+  const weight_format& format = w.layout().format;
+  const bool dynamic = is_dynamic(format.kind);
+  const row_kernels& kind = k.rows_for(format.kind);
   const block_gemm gemm(k, w);
   const cut items(a.rows, most_rows, w.panels(), pool_.size());
   const std::size_t padded = w.layout().k, size = size_of(a.type), most = std::min<std::size_t>(most_rows, a.rows);
+  const std::size_t scales = w.layout().row_scales(), group = static_cast<std::size_t>(format.group);
   // All rows packed once, block after block.
   buffer& packed = scratch_->rows;
   packed.reserve(a.rows * gemm.row_bytes());
-  scratch_->scale.reserve(a.rows * sizeof(float));
+  scratch_->scale.reserve(a.rows * scales * sizeof(float));
   for (thread_scratch& t : scratch_->threads) {
     t.rows.reserve(most * padded);
     t.c.reserve(gemm.c_bytes(most));
@@ -51,7 +53,8 @@ void context::linear(const packed_weight& w, const kernel_table& k, const linear
         continue;
       }
       std::int8_t* codes = scratch_->threads[thread].rows.as<std::int8_t>();
-      k.quantize_rows({in, a.type, a.in_stride, rows, a.k, padded, codes, scratch_->scale.as<float>() + first});
+      k.quantize_rows(
+          {in, a.type, a.in_stride, rows, a.k, padded, codes, scratch_->scale.as<float>() + first * scales, group});
       kind.pack({codes, dtype::f32, padded, nullptr, static_cast<int>(rows), padded, padded, to});
     }
   };
@@ -69,7 +72,7 @@ void context::linear(const packed_weight& w, const kernel_table& k, const linear
       const std::size_t first = items.first_row(b), rows = items.first_row(b + 1) - first;
       const char* following = q.has(next) ? w.panel(0, items.first_panel(next / items.blocks)) : nullptr;
       gemm.run(0, items.first_panel(g), items.first_panel(g + 1), packed.as(first * gemm.row_bytes()), rows,
-               scratch_->scale.as<float>() + first, scratch_->threads[thread].c.as<float>(), following,
+               scratch_->scale.as<float>() + first * scales, scratch_->threads[thread].c.as<float>(), following,
                [&](std::size_t p, const float* c) {
                  const std::size_t column = p * panel_columns;
                  k.store({c, w.panel_bias(0, p), rows,

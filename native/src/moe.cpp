@@ -2,8 +2,8 @@
 // the rows into its own cache and writes the activated block for the second phase. down: an item is a few panels of
 // the output over all experts in ascending order, so that sums need no merging and no lock. Neither the cut into
 // blocks and items nor the number of threads changes the order in which any element is summed. Slices of the experts
-// have both phases each for itself; their sums are added in the order of slices. int8_dyn quantises the rows of
-// `hidden` before the first phase, and the activated ones before the second.
+// have both phases each for itself; their sums are added in the order of slices. Dynamic formats quantise the rows
+// of `hidden` before the first phase, and the activated ones before the second.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -134,8 +134,8 @@ struct slice_run {
   block_gemm up, down;
   std::vector<item> items;
   char* hidden = nullptr;    // activated rows, packed for the second phase
-  float* scale = nullptr;    // int8_dyn: of each activated row
-  float* plain = nullptr;    // int8_dyn: activated rows before they are quantised
+  float* scale = nullptr;    // dynamic formats: of each activated row
+  float* plain = nullptr;    // dynamic formats: activated rows before they are quantised
   float* partial = nullptr;  // [panel][token][32], where there are several slices
   queue up_queue, quantize_queue, down_queue;
 };
@@ -151,8 +151,8 @@ class layer_run {
         r_(r),
         first_token_(first_token),
         tokens_(tokens),
-        dynamic_(e.format.kind == format::int8_dyn),
-        rows_(dynamic_ ? k.int8_rows : k.rows),
+        dynamic_(is_dynamic(e.format.kind)),
+        rows_(k.rows_for(e.format.kind)),
         scratch_(scratch),
         blocks_(cut_blocks(r, kt::most_rows)) {
     for (const block& b : blocks_) most_rows_ = std::max(most_rows_, b.rows);
@@ -189,6 +189,9 @@ class layer_run {
   void store(std::size_t panel, const float* sum) const;
 
   std::size_t panels() const { return e_.slices.front().down.panels(); }  // of the output
+  // Of quantised rows: scales of one of `hidden`, and k that share one.
+  std::size_t token_scales() const { return slices_.front().s.gate_up.layout().row_scales(); }
+  std::size_t row_group() const { return static_cast<std::size_t>(e_.format.group); }
 
   const experts& e_;
   const kernel_table& k_;
@@ -224,7 +227,7 @@ void layer_run::prepare(int threads) {
     run.hidden = memory.hidden.as();
     if (dynamic_) {
       memory.plain.reserve(rows * s.down.layout().k * sizeof(float));
-      memory.scale.reserve(rows * sizeof(float));
+      memory.scale.reserve(rows * s.down.layout().row_scales() * sizeof(float));
       run.plain = memory.plain.as<float>();
       run.scale = memory.scale.as<float>();
     }
@@ -238,15 +241,16 @@ void layer_run::prepare(int threads) {
   for (thread_scratch& t : scratch_.threads) {
     t.rows.reserve(most_rows_ * row_bytes);
     t.c.reserve(c_bytes);
-    t.scale.reserve(most_rows_ * sizeof(float));
+    t.scale.reserve(most_rows_ * token_scales() * sizeof(float));
     t.sum.reserve(group_ * tokens_ * panel_columns * sizeof(float));
   }
 }
 
 void layer_run::quantize_tokens(thread_pool& pool) {
   const std::size_t k = slices_.front().s.gate_up.layout().k, size = size_of(a_.hidden_type);
+  const std::size_t scales = token_scales();
   scratch_.rows.reserve(tokens_ * k);
-  scratch_.scale.reserve(tokens_ * sizeof(float));
+  scratch_.scale.reserve(tokens_ * scales * sizeof(float));
   constexpr std::size_t at_once = 4;
   queue q((tokens_ + at_once - 1) / at_once);
   auto work = [&](int) {
@@ -255,10 +259,15 @@ void layer_run::quantize_tokens(thread_pool& pool) {
       const std::size_t first = i * at_once;
       k_.quantize_rows({static_cast<const char*>(a_.hidden) + (first_token_ + first) * a_.hidden_stride * size,
                         a_.hidden_type, a_.hidden_stride, std::min(at_once, tokens_ - first), e_.shape.hidden_size, k,
-                        scratch_.rows.as<std::int8_t>() + first * k, scratch_.scale.as<float>() + first});
+                        scratch_.rows.as<std::int8_t>() + first * k, scratch_.scale.as<float>() + first * scales,
+                        row_group()});
     }
   };
-  pool.run(work);
+  // A few are not worth waking the other threads up for.
+  if (tokens_ <= at_once)
+    work(0);
+  else
+    pool.run(work);
 }
 
 void layer_run::pack_tokens(const slice_run& s, const block& b, thread_scratch& t) const {
@@ -270,7 +279,9 @@ void layer_run::pack_tokens(const slice_run& s, const block& b, thread_scratch& 
                        e_.shape.hidden_size, k, t.rows.as()});
   }
   rows_.pack({scratch_.rows.as(), dtype::f32, k, tokens, b.rows, k, k, t.rows.as()});
-  for (int r = 0; r < b.rows; ++r) t.scale.as<float>()[r] = scratch_.scale.as<float>()[tokens[r]];
+  const std::size_t scales = token_scales();
+  for (int r = 0; r < b.rows; ++r)
+    std::copy_n(scratch_.scale.as<float>() + tokens[r] * scales, scales, t.scale.as<float>() + r * scales);
 }
 
 void layer_run::gate_up_items(slice_run& s, thread_scratch& t) const {
@@ -296,11 +307,11 @@ void layer_run::gate_up_items(slice_run& s, thread_scratch& t) const {
 }
 
 void layer_run::quantize_blocks(slice_run& s, thread_scratch& t) const {
-  const std::size_t k = s.s.down.layout().k;
+  const std::size_t k = s.s.down.layout().k, scales = s.s.down.layout().row_scales();
   for (std::size_t i; s.quantize_queue.has(i = s.quantize_queue.take());) {
     const block& b = blocks_[i];
     k_.quantize_rows({s.plain + b.begin * k, dtype::f32, k, static_cast<std::size_t>(b.rows), k, k,
-                      t.rows.as<std::int8_t>(), s.scale + b.begin});
+                      t.rows.as<std::int8_t>(), s.scale + b.begin * scales, row_group()});
     rows_.pack({t.rows.as(), dtype::f32, k, nullptr, b.rows, k, k, s.hidden + b.begin * k});
   }
 }
@@ -308,11 +319,12 @@ void layer_run::quantize_blocks(slice_run& s, thread_scratch& t) const {
 void layer_run::down_group(slice_run& s, std::size_t first, thread_scratch& t) const {
   const packed_weight& w = s.s.down;
   const std::size_t last = std::min(first + group_, w.panels()), sum_size = tokens_ * panel_columns;
+  const std::size_t scales = w.layout().row_scales();
   std::memset(t.sum.as(), 0, (last - first) * sum_size * sizeof(float));
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     const block& b = blocks_[i];
     const char* following = i + 1 < blocks_.size() ? w.panel(blocks_[i + 1].expert, first) : nullptr;
-    s.down.run(b.expert, first, last, s.hidden + b.begin * s.down.row_bytes(), b.rows, s.scale + b.begin,
+    s.down.run(b.expert, first, last, s.hidden + b.begin * s.down.row_bytes(), b.rows, s.scale + b.begin * scales,
                t.c.as<float>(), following, [&](std::size_t p, const float* c) {
                  k_.accumulate({c, b.rows, w.panel_bias(b.expert, p), r_.weight.data() + b.begin,
                                 r_.token.data() + b.begin, t.sum.as<float>() + (p - first) * sum_size});

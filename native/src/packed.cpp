@@ -107,7 +107,8 @@ void with_codes(format kind, F f) {
   switch (kind) {
     case format::int8: return f(std::integral_constant<format, format::int8>{});
     case format::int8_dyn: return f(std::integral_constant<format, format::int8_dyn>{});
-    case format::int4: return f(std::integral_constant<format, format::int4>{});
+    case format::int4:
+    case format::int4_dyn: return f(std::integral_constant<format, format::int4>{});  // the same codes
     case format::fp8: return f(std::integral_constant<format, format::fp8>{});
     default: return f(std::integral_constant<format, format::mxfp4>{});
   }
@@ -116,7 +117,8 @@ void with_codes(format kind, F f) {
 float code_value(const weight_format& f, unsigned code, int zero) {
   constexpr float e2m1[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
   switch (f.kind) {
-    case format::int4: return static_cast<float>(static_cast<int>(code) - zero);
+    case format::int4:
+    case format::int4_dyn: return static_cast<float>(static_cast<int>(code) - zero);
     case format::fp8: return e4m3_to_f32(static_cast<int>(code));
     case format::mxfp4: return code & 8u ? -e2m1[code & 7u] : e2m1[code & 7u];
     default: return static_cast<float>(static_cast<std::int8_t>(code));
@@ -205,7 +207,8 @@ known_format known(const weight_format& f) {
     case format::int8_dyn:
       return {whole && full && !f.zero_points, "int8_dyn has group 0, scales f32 and no zero points"};
     case format::int4:
-      return {grouped && half, "int4 has group 32, 64 or 128, scales f16 or bf16, and zero points or none"};
+    case format::int4_dyn:
+      return {grouped && half, "int4 and int4_dyn have group 32, 64 or 128, scales f16 or bf16, zero points or none"};
     case format::fp8:
       return {(whole || grouped) && (full || half) && !f.zero_points,
               "fp8 has group 0, 32, 64 or 128, scales f32, f16 or bf16 and no zero points"};
@@ -223,7 +226,7 @@ known_format known(const weight_format& f) {
 void check_format(const weight_format& f) {
   const known_format k = known(f);
   if (k.fits) return;
-  constexpr const char* kinds[] = {"f32", "f16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4"};
+  constexpr const char* kinds[] = {"f32", "f16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4", "int4_dyn"};
   constexpr const char* scales[] = {"none", "f32", "f16", "bf16", "e8m0"};
   throw std::invalid_argument(std::string("there is no ") + kinds[static_cast<int>(f.kind)] + " with group " +
                               std::to_string(f.group) + ", scales " + scales[static_cast<int>(f.scale)] + " and " +

@@ -24,8 +24,8 @@ struct slice_scratch {
 struct context_scratch {
   std::vector<thread_scratch> threads;
   std::vector<slice_scratch> slices;
-  buffer rows;   // of the input: packed (linear), quantised (int8_dyn)
-  buffer scale;  // int8_dyn: of each of them
+  buffer rows;   // of the input: packed (linear), quantised (dynamic formats)
+  buffer scale;  // dynamic formats: of each of them
   buffer probe;
   buffer attention;                 // states of splits and of blocks of rows that threads share
   std::vector<std::size_t> counts;  // of tokens, by expert; zero between calls

@@ -68,7 +68,7 @@ void run_case(const layer_case& c, unsigned seed) {
     if (!has_kernels(*i, c.format, c.input)) continue;
     const std::string label = describe(c) + " [" + i->name + "]";
     const outcome o = checked_run(2, *i, e, l, label);
-    first_of& first = orders[i->kernels->tiles && c.format.kind != kt::format::int8_dyn];
+    first_of& first = orders[i->kernels->tiles && !is_dynamic(c.format.kind)];
     if (!first.isa) {
       first = {i, o};
       compare_with_reference(l, o, label);
@@ -286,7 +286,7 @@ void test_wide() {
   for (const kt::weight_format& format : all_formats())
     for (const kt::isa* i : isas) {
       if (!has_kernels(*i, format, dtype::bf16) || (i->kernels->tiles && std::string(i->name) != "amx")) continue;
-      const kt::row_kernels& rows = format.kind == kt::format::int8_dyn ? i->kernels->int8_rows : i->kernels->rows;
+      const kt::row_kernels& rows = i->kernels->rows_for(format.kind);
       const bool slow = std::string(i->name) == "scalar";
       if (slow && format.zero_points) continue;
       layer_case c;
@@ -325,7 +325,7 @@ void test_rows_that_are_no_numbers() {
     l.hidden.set(7 * l.hidden_stride() + c.hidden - 1, -INFINITY);
     l.hidden.set(9 * l.hidden_stride() + 3, NAN);
     const kt::experts e = l.pack();
-    const bool dynamic = format.kind == kt::format::int8_dyn;
+    const bool dynamic = is_dynamic(format.kind);
     outcome orders[2];
     for (const kt::isa* i : isas) {
       if (!has_kernels(*i, format, c.input)) continue;

@@ -68,8 +68,8 @@ class linear_layer {
     std::vector<float> x(c.k + 1);
     for (std::size_t k = 0; k < c.k; ++k) x[k] = static_cast<float>(in.get(r * in_stride() + k));
     float y;
-    if (c.weights == int8_dyn)
-      y = static_cast<float>(int8_product(int8_row(x.data(), nullptr, c.k), weight, 0, n, 0).value);
+    if (is_dynamic(c.weights.kind))
+      y = static_cast<float>(dynamic_product({c.weights, x.data(), nullptr, c.k}, weight, 0, n, 0).value);
     else
       y = sum(x, n);
     return c.bias ? y + static_cast<float>(bias.get(n)) : y;
@@ -137,7 +137,7 @@ bool has_kernels(const kt::isa& i, const kt::weight_format& f, dtype type) {
   return &kt::kernels_for(i, f.kind, type) == i.kernels;
 }
 
-bool own_order(const kt::isa& i, const kt::weight_format& f) { return i.kernels->tiles && f.kind != format::int8_dyn; }
+bool own_order(const kt::isa& i, const kt::weight_format& f) { return i.kernels->tiles && !is_dynamic(f.kind); }
 
 void same(const outcome& a, std::size_t first, const outcome& b, std::size_t rows, const linear_layer& l,
           const std::string& what) {
@@ -236,7 +236,7 @@ void test_wide_linear() {
       const std::string name = i->name;
       if (!has_kernels(*i, f, type) || name == "amx_emu" || (name == "scalar" && f.scale == kt::scale_type::f16))
         continue;
-      const kt::row_kernels& kind = f == int8_dyn ? i->kernels->int8_rows : i->kernels->rows;
+      const kt::row_kernels& kind = i->kernels->rows_for(f.kind);
       const std::size_t k = kt::l2_bytes() / 2 / 128 / kind.bytes * 3 / 2 + 77;
       const bool many = name != "scalar" && (f.kind == format::bf16 || f.group == 32 || f == int8_dyn);
       linear_case c{f, 250, k, many ? 700u : 37u, type, true, false};
@@ -259,7 +259,7 @@ void check_codes(const kt::weight_format& f, const std::vector<std::uint8_t>& co
     for (std::size_t k = 0; k < c.k; ++k) {
       const bool here = k == n;
       l.weight.codes[l.weight.code_places().at(0, n, k)] = here ? codes[n]
-                                                           : f.kind == format::int4
+                                                           : f.kind == format::int4 || f.kind == format::int4_dyn
                                                                ? static_cast<std::uint8_t>(f.zero_points ? zero : 8)
                                                                : 0;
     }
@@ -305,6 +305,9 @@ void test_codes() {
     switch (f.kind) {
       case format::int8: check_codes(f, bytes, 0.0123291015625f, 0, 1); break;
       case format::int8_dyn: check_codes(f, bytes, 0.0123291015625f, 0, 127); break;  // the scale of the rows is 1
+      case format::int4_dyn:
+        for (int zero : {0, 7, 15}) check_codes(f, four, f.scale == kt::scale_type::f16 ? 0x1p-24f : -0.5f, zero, 127);
+        break;
       case format::fp8: check_codes(f, e4m3, 0.0123291015625f, 0, 1); break;
       case format::mxfp4:
         check_codes(f, four, 1, 0, 1);
@@ -335,10 +338,18 @@ void test_great_integers() {
   }
 }
 
-// Rows of int8_dyn: zeros, tiny and huge ones, ties; one that is no number stays alone.
+std::vector<std::pair<kt::weight_format, dtype>> dynamic_cases() {
+  std::vector<std::pair<kt::weight_format, dtype>> cases;
+  for (const kt::weight_format& f : all_formats())
+    for (dtype type : dtypes)
+      if (is_dynamic(f.kind)) cases.push_back({f, type});
+  return cases;
+}
+
+// Rows of dynamic formats: zeros, tiny and huge ones, ties; one that is no number stays alone.
 void test_dynamic_rows() {
-  for (dtype type : dtypes) {
-    linear_case c{int8_dyn, 12, 75, 40, type};
+  for (const auto& [format, type] : dynamic_cases()) {
+    linear_case c{format, 12, 75, 40, type};
     linear_layer l(c, 15'000);
     const auto row = [&](std::size_t r, auto value) {
       for (std::size_t k = 0; k < c.k; ++k) l.in.set(r * l.in_stride() + k, value(static_cast<int>(k)));
@@ -405,7 +416,7 @@ void test_formats() {
             compare(l, checked_run(2, w, *i->kernels, l, 0, l.c.rows, label), *i, first_rows(l.c.rows), label);
           }
         }
-  check(allowed == 3 + 3 + 1 + 12 + 12 + 1, std::to_string(allowed) + " formats are allowed");
+  check(allowed == 3 + 3 + 1 + 12 + 12 + 12 + 1, std::to_string(allowed) + " formats are allowed");
 }
 
 void test_no_rows() {

@@ -43,18 +43,37 @@ struct int8_row {
   }
 };
 
-// The fp32 product of a row with output feature n of an int8_dyn weight over k [begin, begin + size).
-inline bounded int8_product(const int8_row& row, const random_weight& w, std::size_t expert, std::size_t n,
-                            std::size_t begin) {
-  std::int64_t sum = 0, slack = 0;
-  for (std::size_t i = 0; i < row.codes.size(); ++i) {
-    const auto code = static_cast<int>(w.code(expert, n, begin + i));
-    sum += code * row.codes[i];
-    slack += std::abs(code) * row.slack[i];
+// A row of a dynamic format: one for each group of k that has a scale of its own.
+struct dynamic_row {
+  std::vector<int8_row> groups;
+  dynamic_row(const kt::weight_format& f, const float* x, const double* bounds, std::size_t n) {
+    const std::size_t group = f.group ? f.group : n;
+    for (std::size_t i = 0; i < n; i += group)
+      groups.emplace_back(x + i, bounds ? bounds + i : nullptr, std::min(group, n - i));
   }
-  const float scale = w.scale(expert, n, begin) * row.scale, y = static_cast<float>(sum) * scale;
-  double bound = static_cast<double>(slack) * std::fabs(scale);
-  if (row.scale_error > 0) bound += (row.scale_error + 4 * eps) * (std::fabs(y) + bound);
+};
+
+// The fp32 product of a row with output feature n of a dynamic format's weight, from k = begin on.
+inline bounded dynamic_product(const dynamic_row& row, const random_weight& w, std::size_t expert, std::size_t n,
+                               std::size_t begin) {
+  float y = 0;
+  double bound = 0, size = 0;
+  for (const int8_row& group : row.groups) {
+    std::int64_t sum = 0, slack = 0;
+    for (std::size_t i = 0; i < group.codes.size(); ++i) {
+      const auto code = static_cast<int>(w.code(expert, n, begin + i));
+      sum += code * group.codes[i];
+      slack += std::abs(code) * group.slack[i];
+    }
+    const float scale = w.scale(expert, n, begin) * group.scale, term = static_cast<float>(sum) * scale;
+    y = w.format.group ? std::fma(scale, static_cast<float>(sum), y) : term;
+    double off = static_cast<double>(slack) * std::fabs(scale);
+    if (group.scale_error > 0) off += (group.scale_error + 4 * eps) * (std::fabs(term) + off);
+    bound += off;
+    size += std::fabs(term) + off;
+    begin += group.codes.size();
+  }
+  if (bound > 0 && w.format.group) bound += 2 * eps * static_cast<double>(row.groups.size()) * size;
   return {y, bound};
 }
 
@@ -198,16 +217,16 @@ class dynamic_reference {
     std::stable_sort(slots.begin(), slots.end(), [&](auto a, auto b) { return l_.ids[a] < l_.ids[b]; });
     std::vector<float> row(c.hidden);
     for (std::size_t k = 0; k < c.hidden; ++k) row[k] = static_cast<float>(l_.hidden.get(t * l_.hidden_stride() + k));
-    const int8_row input(row.data(), nullptr, c.hidden);
+    const dynamic_row input(c.format, row.data(), nullptr, c.hidden);
     const std::size_t begin = slice_begin(s), size = slice_begin(s + 1) - begin;
     std::vector<bounded> sum(c.hidden, bounded{0, 0});
     for (std::size_t slot : slots) {
       const std::int64_t expert = l_.ids[slot];
       if (expert >= c.experts) continue;
-      const int8_row h = hidden_row(input, expert, begin, size);
+      const dynamic_row h = hidden_row(input, expert, begin, size);
       const auto weight = static_cast<float>(l_.weights.get(slot));
       for (std::size_t n = 0; n < c.hidden; ++n) {
-        bounded y = int8_product(h, l_.down, expert, n, begin);
+        bounded y = dynamic_product(h, l_.down, expert, n, begin);
         if (c.bias && s == 0) y.value = plus(y.value, l_.down_bias.get(expert * c.hidden + n));
         const float total = std::fma(weight, static_cast<float>(y.value), static_cast<float>(sum[n].value));
         sum[n].bound += std::fabs(weight) * y.bound + (exact_ ? 0 : 8 * eps * std::fabs(total));
@@ -223,14 +242,14 @@ class dynamic_reference {
     return std::min(l_.c.intermediate, steps * s / l_.c.slices * 128);
   }
 
-  int8_row hidden_row(const int8_row& input, std::size_t expert, std::size_t begin, std::size_t size) const {
+  dynamic_row hidden_row(const dynamic_row& input, std::size_t expert, std::size_t begin, std::size_t size) const {
     const layer_case& c = l_.c;
     std::vector<float> h(size);
     std::vector<double> bounds(size);
     const std::size_t step = c.interleaved ? 2 : 1, up = c.interleaved ? 1 : c.intermediate;
     for (std::size_t i = 0; i < size; ++i) {
       const auto feature = [&](std::size_t n) {
-        bounded y = int8_product(input, l_.gate_up, expert, n, 0);
+        bounded y = dynamic_product(input, l_.gate_up, expert, n, 0);
         if (c.bias) y.value = plus(y.value, l_.gate_up_bias.get(expert * l_.rows() + n));
         return y;
       };
@@ -240,7 +259,7 @@ class dynamic_reference {
       h[i] = static_cast<float>(a.value);
       bounds[i] = a.bound;
     }
-    return {h.data(), exact_ ? nullptr : bounds.data(), size};
+    return {c.format, h.data(), exact_ ? nullptr : bounds.data(), size};
   }
 
   static float plus(double a, double b) { return static_cast<float>(a) + static_cast<float>(b); }
@@ -262,5 +281,5 @@ class dynamic_reference {
 };
 
 inline expected reference(const layer& l) {
-  return l.c.format.kind == kt::format::int8_dyn ? dynamic_reference(l)() : float_reference(l)();
+  return is_dynamic(l.c.format.kind) ? dynamic_reference(l)() : float_reference(l)();
 }

@@ -116,7 +116,7 @@ void test_dispatch() {
     for (const kt::weight_format& f : all_formats())
       for (dtype rows : dtypes) {
         const kt::kernel_table& k = kt::kernels_for(i, f.kind, rows);
-        check(k.gemm[static_cast<int>(f.kind)] && (f == int8_dyn || !k.rows_in_bf16 || rows == dtype::bf16),
+        check(k.gemm[static_cast<int>(f.kind)] && (is_dynamic(f.kind) || !k.rows_in_bf16 || rows == dtype::bf16),
               std::string(i.name) + " multiplies " + name_of(rows) + " rows with " + name_of(f));
       }
     for (const kt::weight_format& f : quantized_formats())

@@ -14,7 +14,7 @@
 inline const char* name_of(kt::dtype t) { return t == kt::dtype::f32 ? "fp32" : t == kt::dtype::f16 ? "fp16" : "bf16"; }
 
 inline std::string name_of(const kt::weight_format& f) {
-  static const char* const kinds[] = {"fp32", "fp16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4"};
+  static const char* const kinds[] = {"fp32", "fp16", "bf16", "int8", "int8_dyn", "int4", "fp8", "mxfp4", "int4_dyn"};
   static const char* const scales[] = {"", "", " scales fp16", " scales bf16", ""};
   std::string s = kinds[static_cast<int>(f.kind)];
   if (f.group) s += " g" + std::to_string(f.group);
@@ -42,7 +42,8 @@ inline const std::vector<kt::weight_format>& quantized_formats() {
                                         {format::fp8, 64, scale_type::bf16}, {format::mxfp4, 32, scale_type::e8m0}};
     for (int group : {32, 64, 128})
       for (bool zeros : {false, true})
-        for (scale_type scale : {scale_type::f16, scale_type::bf16}) v.push_back({format::int4, group, scale, zeros});
+        for (scale_type scale : {scale_type::f16, scale_type::bf16})
+          for (format kind : {format::int4, format::int4_dyn}) v.push_back({kind, group, scale, zeros});
     return v;
   }();
   return all;
@@ -69,7 +70,8 @@ struct elements {
 
 inline double code_value(const kt::weight_format& f, std::uint8_t code, int zero) {
   switch (f.kind) {
-    case kt::format::int4: return code - (f.zero_points ? zero : 8);
+    case kt::format::int4:
+    case kt::format::int4_dyn: return code - (f.zero_points ? zero : 8);
     case kt::format::fp8: return floats::minifloat(code, 4, 3);
     case kt::format::mxfp4: return floats::minifloat(code, 2, 1);
     default: return static_cast<std::int8_t>(code);
@@ -168,6 +170,7 @@ class random_weight {
   std::uint8_t random_code(std::mt19937& random) const {
     switch (format.kind) {
       case kt::format::int4:
+      case kt::format::int4_dyn:
       case kt::format::mxfp4: return random() % 16;
       case kt::format::fp8: {
         const auto c = static_cast<std::uint8_t>(random() % 256);
@@ -178,7 +181,7 @@ class random_weight {
   }
 
   double random_scale(double size, std::mt19937& random) const {
-    constexpr double largest[] = {1, 1, 1, 127, 127, 8, 448, 6};
+    constexpr double largest[] = {1, 1, 1, 127, 127, 8, 448, 6, 8};
     const double x = size / largest[static_cast<int>(format.kind)] * (0.25 + random() % 1024 / 1024.0);
     if (format.kind == kt::format::mxfp4) return std::ldexp(1.0, std::ilogb(x));
     if (random() % 64 == 0) return 0;

@@ -32,7 +32,7 @@ from ktcompile.runtime.split import SplitExperts
 from ktcompile.runtime.streaming import Streaming
 from ktcompile.runtime.streams import CpuStreams, Stream, Streams
 
-WITH_KERNELS = [name for name in FORMATS if name != "int8_dyn"]
+WITH_KERNELS = [name for name, f in FORMATS.items() if not f.dynamic]
 
 
 def streams() -> Streams:

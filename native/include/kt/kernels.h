@@ -6,10 +6,12 @@
 // kernel reads one stream. The unit is 1 for fp32, 2 for bf16 pairs, 4 for int8, and a tile's row of 64 bytes for AMX.
 // The kernels cut a block of rows into tiles of near-equal size themselves.
 //
-// Order of summation of all formats but int8_dyn, on every instruction set but AMX: pairs of k ascending, in a pair
-// odd before even, one fused multiply-add each. It is what VDPBF16PS does, so all kernels give the same bits. Formats
-// with a scale for each group of k sum the group from zero, then add scale * sum, one fused multiply-add, groups
-// ascending; formats with a scale for each column multiply by it at the end. int8_dyn sums integers.
+// Order of summation of all formats but int8_dyn and int4_dyn, on every instruction set but AMX: pairs of k ascending,
+// in a pair odd before even, one fused multiply-add each. It is what VDPBF16PS does, so all kernels give the same bits.
+// Formats with a scale for each group of k sum the group from zero, then add scale * sum, one fused multiply-add,
+// groups ascending; formats with a scale for each column multiply by it at the end. int8_dyn sums integers. int4_dyn
+// does so in each group, and adds (scale of the column * scale of the row) * sum, one fused multiply-add, groups
+// ascending.
 #pragma once
 #include <kt/attention.h>
 #include <kt/elementwise.h>
@@ -51,7 +53,9 @@ struct pack_rows_job {
 };
 
 // codes[r][0, k_padded) = round(row r * (127 / max)), max = max |row r|, zero beyond k; scale[r] = max / 127. Both are
-// zero for max < 2^-100; the scale is NaN where an element is not finite.
+// zero for max < 2^-100; the scale is NaN where an element is not finite. With a `group`, a multiple of 32, each group
+// of k has a scale of its own, behind which are, for each 32 k of the group, the sums of their codes as the kernels
+// have them.
 struct quantize_rows_job {
   const void* source;
   dtype type;
@@ -60,6 +64,7 @@ struct quantize_rows_job {
   std::size_t k, k_padded;
   std::int8_t* codes;
   float* scale;
+  std::size_t group;  // 0: all of a row
 };
 
 // c = rows * panel over k in [k_begin, k_end), both multiples of 128 or the end of K. Of two panels, one after the
@@ -72,7 +77,7 @@ struct gemm_job {
   int rows;
   std::size_t k_begin, k_end;
   float* c;                // [rows][32]; where k_begin > 0, what the call before it left; whole after k_end == K
-  const float* row_scale;  // [rows], int8_dyn only
+  const float* row_scale;  // of quantised rows, as quantize_rows has it
   const void* next;        // the same part of the panel or panels to come, fetched meanwhile; null: nothing
   std::size_t distance;    // how far ahead in the panel itself, bytes
 };
@@ -122,9 +127,10 @@ struct row_kernels {
 
 struct kernel_table {
   void (*gemm[num_formats])(const gemm_job&);  // null: none here
-  row_kernels rows;                            // of all formats but int8_dyn
-  // int8_dyn: `pack` copies int8 codes; `activate` writes plain fp32 rows [rows][k], which are quantised when whole.
-  row_kernels int8_rows;
+  row_kernels rows;                            // of formats that do not quantise them
+  // int8_dyn, int4_dyn: `pack` copies int8 codes; `activate` writes plain fp32 rows [rows][k], which are quantised when
+  // whole.
+  row_kernels int8_rows, int4_rows;
   void (*quantize_rows)(const quantize_rows_job&);
   void (*accumulate)(const accumulate_job&);
   void (*store)(const store_job&);
@@ -140,6 +146,10 @@ struct kernel_table {
   std::uint64_t (*read_bytes)(const void* begin, std::size_t bytes);
   double (*arithmetic)(std::size_t rounds);
   double (*int8_arithmetic)(std::size_t rounds);
+
+  const row_kernels& rows_for(format weights) const {
+    return weights == format::int8_dyn ? int8_rows : weights == format::int4_dyn ? int4_rows : rows;
+  }
 };
 
 }  // namespace kt

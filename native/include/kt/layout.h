@@ -6,7 +6,7 @@
 //   bf16       [K/2][32][2]: a 32-bit lane holds an even and an odd k
 //   int8, fp8 (e4m3)  [K/2][4][2][4][2]: columns 4 i + {0, 16}, column, parity of k
 //   int8_dyn   [K/4][32][4]
-//   int4, mxfp4  [K/4][32] words of 16 bits; word 2 (c % 16) + k % 2 holds four codes, the lowest first:
+//   int4, int4_dyn, mxfp4  [K/4][32] words of 16 bits; word 2 (c % 16) + k % 2 holds four codes, the lowest first:
 //                (c / 16, k / 2 % 2) = (0, 0), (1, 0), (0, 1), (1, 1)
 // Beyond the last k activations are zero, whatever the codes.
 #pragma once
@@ -19,8 +19,8 @@ enum class dtype : std::uint8_t { f32, f16, bf16 };
 constexpr int num_dtypes = 3;
 constexpr std::size_t size_of(dtype t) { return t == dtype::f32 ? 4 : 2; }
 
-enum class format : std::uint8_t { f32, f16, bf16, int8, int8_dyn, int4, fp8, mxfp4 };
-constexpr int num_formats = 8;
+enum class format : std::uint8_t { f32, f16, bf16, int8, int8_dyn, int4, fp8, mxfp4, int4_dyn };
+constexpr int num_formats = 9;
 
 enum class scale_type : std::uint8_t { none, f32, f16, bf16, e8m0 };
 
@@ -33,12 +33,14 @@ struct weight_format {
   format kind = format::bf16;
   int group = 0;  // k that share a scale; 0: all of K
   scale_type scale = scale_type::none;
-  bool zero_points = false;  // int4: a code q is q - zero, one byte each; else q - 8
+  bool zero_points = false;  // int4, int4_dyn: a code q is q - zero, one byte each; else q - 8
 };
 
 constexpr bool is_float(format f) { return f == format::f32 || f == format::f16 || f == format::bf16; }
+// Whether rows are quantised to int8 too, so that products are of integers.
+constexpr bool is_dynamic(format f) { return f == format::int8_dyn || f == format::int4_dyn; }
 // Whether the weights that a kernel multiplies are bf16 numbers.
-constexpr bool in_bf16(format f) { return f != format::f32 && f != format::f16 && f != format::int8_dyn; }
+constexpr bool in_bf16(format f) { return f != format::f32 && f != format::f16 && !is_dynamic(f); }
 
 // Inlined without fail: a copy that one instruction set compiled must not serve another.
 struct panel_layout {
@@ -61,6 +63,7 @@ struct panel_layout {
       case kt::format::f16:
       case kt::format::bf16: return count * panel_columns * 2;
       case kt::format::int4:
+      case kt::format::int4_dyn:
       case kt::format::mxfp4: return count * panel_columns / 2;
       default: return count * panel_columns;
     }
@@ -81,6 +84,10 @@ struct panel_layout {
   // Where the scales of group g begin; its zero points or column sums (int32, times 128) follow.
   [[gnu::always_inline]] std::size_t scale_offset(std::size_t g) const {
     return code_bytes(g * group + group_size(g)) + g * scale_bytes();
+  }
+  // Words of 32 bits that a quantised row has beside its codes.
+  [[gnu::always_inline]] std::size_t row_scales() const {
+    return format.kind == kt::format::int4_dyn ? groups() + k / 32 : 1;
   }
   [[gnu::always_inline]] std::size_t bytes() const { return code_bytes(k) + groups() * scale_bytes(); }
 };

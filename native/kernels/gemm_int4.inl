@@ -1,0 +1,94 @@
+// Products of codes of four bits with rows in int8 (int4_dyn): integer sums of each group, exact on every instruction
+// set, then one fused multiply-add. Needs `dot` and `unpack.inl`.
+
+// M rows and the columns of some loads from `load` on: a load has the codes of `vec::lanes` columns in the lower halves
+// of its bytes, and those of the columns 16 further in the upper ones. `row_scales`: of the first row, `stride` floats
+// before those of the next. c has what the groups before have added up to.
+template <class Dot, bool Zeros, int M, int Loads>
+[[gnu::noinline]] void int4_tile(const gemm_job& job, int load, const std::uint32_t* a, const float* row_scales,
+                                 std::size_t stride, float* c, prefetch fetch) {
+  constexpr int n = 2 * Loads, sums_of = 32;  // k of one `Dot::sums`
+  const panel_layout& l = *job.layout;
+  const scale_type type = l.format.scale;
+  const char* const panel = static_cast<const char*>(job.panel);
+  const auto column = [load](int v) { return (load + v / 2) * vec::lanes + v % 2 * panel_columns / 2; };
+  for (group_walk<4> walk(job); walk.k() < job.k_end;) {
+    const std::size_t begin = walk.k(), stop = walk.stop(job.k_end);
+    const char* codes = panel + walk.codes();
+    const std::uint32_t* const row_sums = reinterpret_cast<const std::uint32_t*>(row_scales + 1);
+    const char* const own = panel + walk.scales();
+    typename Dot::i32 total[M][n];
+    for (std::size_t k = begin; k < stop; k += sums_of) {
+      // They begin with the zero points times the sum of the row's codes, to be taken away.
+      typename Dot::sums sums[M][n];
+      KT_UNROLLED (m, M) {
+        const typename Dot::i32 row = Dot::set1(row_sums[m * stride + (k - begin) / sums_of]);
+        KT_UNROLLED (v, n)
+          sums[m][v] = Zeros ? Dot::int4_start(row, own + 2 * panel_columns + column(v)) : Dot::int4_start(row);
+      }
+      for (int i = 0; i < fetch.lines * sums_of / 4; ++i, fetch.next += 64) prefetch_l2(fetch.next);
+#pragma GCC unroll 2
+      for (int quad = 0; quad < sums_of / 4; ++quad) {
+        prefetch_l1(codes + fetch.distance);
+        decltype(Dot::low_codes(codes)) b[n];
+        KT_UNROLLED (i, Loads) {
+          b[2 * i] = Dot::low_codes(codes + (load + i) * vec::lanes * 4);
+          b[2 * i + 1] = Dot::high_codes(codes + (load + i) * vec::lanes * 4);
+        }
+        KT_UNROLLED (m, M) {
+          const typename Dot::i32 x = Dot::set1(a[m]);
+          KT_UNROLLED (v, n) sums[m][v] = Dot::add_int4(sums[m][v], x, b[v]);
+        }
+        codes += 64;
+        a += M;
+      }
+      KT_UNROLLED (m, M)
+        KT_UNROLLED (v, n)
+          total[m][v] = k == begin ? Dot::total(sums[m][v]) : Dot::add(total[m][v], Dot::total(sums[m][v]));
+    }
+    prefetch_l1(own + fetch.distance);
+    KT_UNROLLED (v, n) {
+      const vec::f32 scale = load_scale(type, own, column(v));
+      KT_UNROLLED (m, M) {
+        const vec::f32 both = vec::mul(scale, vec::set1(row_scales[m * stride]));
+        float* to = c + m * panel_columns + column(v);
+        vec::store(to, vec::fma(both, Dot::to_float(total[m][v]), vec::load(to)));
+      }
+    }
+    row_scales += 1 + (stop - begin) / sums_of;
+    walk.go_to(stop);
+  }
+}
+
+template <class Dot, bool Zeros, int M>
+void int4_columns(const gemm_job& job, const std::uint32_t* a, const float* row_scales, std::size_t stride, float* c,
+                  prefetch fetch) {
+  constexpr int loads = Dot::int4_loads(M), all = column_vectors / 2;
+  static_assert(all % loads == 0);
+  for (int load = 0; load < all; load += loads)
+    int4_tile<Dot, Zeros, M, loads>(job, load, a, row_scales, stride, c, load == 0 ? fetch : prefetch{fetch.distance});
+}
+
+using int4_function = void (*)(const gemm_job&, const std::uint32_t*, const float*, std::size_t, float*, prefetch);
+
+template <class Dot, bool Zeros>
+void gemm_int4_rows(const gemm_job& job) {
+  static constexpr functions_by_rows<int4_function, vec::max_rows> tiles(
+      [](auto rows) { return &int4_columns<Dot, Zeros, rows()>; });
+  const panel_layout& l = *job.layout;
+  const tiling<> cut(job.rows);
+  const panel_fetch fetch(job, (job.k_end - job.k_begin) / 4);
+  const std::size_t stride = l.row_scales();
+  const float* scales = job.row_scale + job.k_begin / l.group + job.k_begin / 32;
+  if (job.k_begin == 0) __builtin_memset(job.c, 0, static_cast<std::size_t>(job.rows) * panel_columns * sizeof(float));
+  for (int t = 0; t < cut.count; ++t) {
+    const std::size_t begin = cut.begin(t), rows = cut.begin(t + 1) - begin;
+    const auto* a = static_cast<const std::uint32_t*>(job.rows_packed) + (begin * l.k + job.k_begin * rows) / 4;
+    tiles[rows](job, a, scales + begin * stride, stride, job.c + begin * panel_columns, fetch(t));
+  }
+}
+
+template <class Dot>
+void gemm_int4_dyn(const gemm_job& job) {
+  job.layout->format.zero_points ? gemm_int4_rows<Dot, true>(job) : gemm_int4_rows<Dot, false>(job);
+}
