@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from ktcompile import _native, env
 
 _SYS_CPU = Path("/sys/devices/system/cpu")
+_CPUINFO = Path("/proc/cpuinfo")
 _SYS_NODE = Path("/sys/devices/system/node")
 
 
@@ -20,7 +22,7 @@ _SYS_NODE = Path("/sys/devices/system/node")
 class Machine:
     """Facts about this machine.
 
-    cpu: model name. features: CPU features that kernels may use, after KTCOMPILE_FEATURES.
+    cpu: model name, with family and number. features: CPU features that kernels may use, after KTCOMPILE_FEATURES.
     isas: instruction sets whose kernels run here, best first. isa: the one that is used.
     cpus: logical CPUs that this process may use. cores: physical cores among them.
     numa_nodes: NUMA nodes with memory and with CPUs among them. memory_bytes: physical memory. gpus: their names.
@@ -86,13 +88,16 @@ def _features(changes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _cpu_name() -> str:
+    """Return the model's name with its family and number: hypervisors give CPUs of all generations one name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = _CPUINFO.read_text().split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        first = ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(\S.*?)\s*$", first, re.MULTILINE))
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return facts["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def _physical_cores(cpus: set[int]) -> int:

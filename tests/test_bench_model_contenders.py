@@ -44,6 +44,13 @@ def test_names_say_kind_and_variant(python):
     assert chosen[1].arithmetic == f"float/{machine().isa}" and chosen[6].arithmetic.startswith("int8/")
 
 
+def test_linear_layers_may_have_a_format_of_their_own():
+    (contender,), _ = choose(["kt:int4_dyn+int8"], {}, MODEL, 1)
+    assert (contender.name, contender.variant) == ("kt:int4_dyn+int8", "int4_g32_dyn+int8")
+    assert (contender.expert_bytes, contender.dense_bytes) == (0.5625, 1)
+    assert contender.arithmetic == f"int8/{machine().isa}"
+
+
 def test_the_format_of_the_checkpoint_is_that_of_who_names_none():
     chosen, _ = choose(DEFAULT, {}, replace(MODEL, stored_format="fp8"), 1)
     assert len({c.expert_bytes for c in chosen}) == 1 and 1 <= chosen[0].expert_bytes < 1.1
@@ -63,6 +70,8 @@ def test_all_are_those_that_are_installed(python):
     [
         (["onnx"], {}, "contender 'onnx' is unknown; there are all, kt, kt:FORMAT"),
         (["kt:int3"], {}, "int3"),
+        (["kt:int4+int3"], {}, "int3"),
+        (["kt-eager:int4+int8"], {}, "which need a compiler: kt:int4\\+int8"),
         (["llama.cpp:q2_k"], {}, "of llama.cpp there are bf16, q8_0, q4_k_m"),
         (["inductor:eager"], {}, "of inductor there are no variants"),
         (["kt"], {"lama": "python"}, "--peer-python names 'lama'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 
@@ -170,3 +171,18 @@ def test_a_feature_that_the_cpu_hides_can_be_added_and_gives_the_same_bits():
     isa, isas, *numbers = run_python(PROGRAM, env=variables).split()
     assert isa == "avx512_bf16" and "avx512_bf16,avx512_vnni,avx512," in isas
     assert run_python(PROGRAM, env={"KTCOMPILE_ISA": "scalar"}).split()[2:] == numbers
+
+
+def test_cpus_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    # The package has a function of that name.
+    module = importlib.import_module("ktcompile.machine")
+    file = tmp_path / "cpuinfo"
+    monkeypatch.setattr(module, "_CPUINFO", file)
+    file.write_text(
+        "processor\t: 0\ncpu family\t: 23\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t: 2\n"
+    )
+    assert module._cpu_name() == "AMD EPYC (family 23, model 1)"
+    file.write_text("model name : X Y \n")
+    assert module._cpu_name() == "X Y"
+    file.write_text("cpu : other\n")
+    assert module._cpu_name()

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 contenders:
-  kt[:FORMAT]               torch.compile(model, backend="kt"), with a weight format of its experts
+  kt[:FORMAT[+FORMAT]]      torch.compile(model, backend="kt"), with a weight format of its experts, and of linear layers
   kt-eager[:FORMAT]         ktcompile.load(model), without a compiler
   transformers[:IMPL]       as it comes; its experts implementation: grouped_mm, batched_mm, eager
   inductor                  torch.compile(model)
   zentorch                  torch.compile(model, backend="zentorch")
   vllm                      its engine on the CPU
   llama.cpp:FORMAT          bf16, q8_0 or q4_k_m, on a GGUF file that is made of a Qwen3-MoE checkpoint and kept
-  all                       kt, kt:int8, kt:int4, kt-eager and all others that are installed
+  all                       kt, kt:int8, kt:int4, kt:int4_dyn+int4_dyn, kt-eager and all others that are installed
 
 examples:
   ktc bench model MODEL
-  ktc bench model MODEL --contenders kt kt:int4 llama.cpp:bf16 llama.cpp:q4_k_m --peer-python llama.cpp=PYTHON
+  ktc bench model MODEL --contenders kt:int4_dyn+int4_dyn llama.cpp:q4_k_m --peer-python llama.cpp=PYTHON
   ktc bench model MODEL --contenders all --peer-python vllm=/opt/vllm/bin/python --json model.json --plot model.png
   ktc bench model --contenders kt-eager transformers --batches 1 --prompts 64 --rounds 1 --steps 4
   ktc bench model --replot model.json --plot model.png

@@ -2,7 +2,7 @@
 
 Two crossings from C++ into Python, which is what an operator that is written in Python costs, take longer than the rest
 of a call: 46 of 73 µs of a norm of one row, and three times that between kernels that leave nothing in the caches
-(two cores of a Zen 3). A graph that is run as it is needs no dispatcher.
+(two cores of a Zen). A graph that is run as it is needs no dispatcher.
 """
 
 from __future__ import annotations

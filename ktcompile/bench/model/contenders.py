@@ -23,18 +23,23 @@ VLLM_CACHE_GIB = 2
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A way to run a model. driver: a module of `drivers`. package: to be imported. formats: the variant is a weight
-    format of ktcompile; else it is one of `variants`, of which the first is meant where none is named."""
+    """A way to run a model.
+
+    driver: a module of `drivers`. package: to be imported. formats: the variant is a weight format of ktcompile, that of
+    the experts, and behind a + may be that of the linear layers where they are compiled; else it is one of `variants`, of
+    which the first is meant where none is named. dense: linear layers can have another format.
+    """
 
     driver: str
     package: str
     what: str
     formats: bool = False
+    dense: bool = False
     variants: tuple[str, ...] = ()
 
 
 KINDS = {
-    "kt": Kind("transformers_driver", "ktcompile", 'torch.compile(model, backend="kt")', formats=True),
+    "kt": Kind("transformers_driver", "ktcompile", 'torch.compile(model, backend="kt")', formats=True, dense=True),
     "kt-eager": Kind("transformers_driver", "ktcompile", "ktcompile.load(model), without a compiler", formats=True),
     "transformers": Kind(
         "transformers_driver", "transformers", "as it comes", variants=("grouped_mm", "batched_mm", "eager")
@@ -46,7 +51,7 @@ KINDS = {
 }
 DEFAULT = ("kt", "transformers")
 ALL = (
-    *("kt", "kt:int8", "kt:int4", "kt-eager", "transformers", "inductor", "zentorch", "vllm"),
+    *("kt", "kt:int8", "kt:int4", "kt:int4_dyn+int4_dyn", "kt-eager", "transformers", "inductor", "zentorch", "vllm"),
     *("llama.cpp:bf16", "llama.cpp:q8_0", "llama.cpp:q4_k_m"),
 )
 
@@ -138,15 +143,19 @@ def _contender(name: str, pythons: Mapping[str, str], model: Architecture, threa
         variant = variant or known.variants[0]
         name = name if name == kind and kind != "llama.cpp" else f"{kind}:{variant}"
     stored = FORMATS[model.stored_format]
-    weights = resolve_format(variant, torch.bfloat16) if known.formats and variant else stored
+    experts, plus, dense = variant.partition("+") if known.formats else ("", "", "")
+    if plus and not known.dense:
+        raise ValueError(f"contender {name!r} has a format of linear layers, which need a compiler: kt:{variant}")
+    weights = resolve_format(experts, torch.bfloat16) if experts else stored
+    linear = resolve_format(dense, torch.bfloat16) if plus else None
     result = ModelContender(
         name=name,
         kind=kind,
-        variant=weights.name if known.formats and variant else variant,
+        variant="+".join(f.name for f in (weights, linear) if f) if experts else variant,
         python=pythons.get(kind, sys.executable),
         arithmetic=_arithmetic(known, weights.name, variant, threads),
         expert_bytes=weights.bytes_per_weight,
-        dense_bytes=model.dtype_bytes,
+        dense_bytes=linear.bytes_per_weight if linear else model.dtype_bytes,
     )
     if kind == "llama.cpp":  # until its file is there
         bits = {"bf16": 16, "q8_0": 8.5, "q4_k_m": 4.9}[variant]
@@ -157,7 +166,11 @@ def _contender(name: str, pythons: Mapping[str, str], model: Architecture, threa
 def _choices() -> Iterable[str]:
     for name, kind in KINDS.items():
         yield name
-        yield from [f"{name}:FORMAT"] if kind.formats else (f"{name}:{variant}" for variant in kind.variants)
+        yield from (
+            [f"{name}:FORMAT{'[+FORMAT]' if kind.dense else ''}"]
+            if kind.formats
+            else (f"{name}:{variant}" for variant in kind.variants)
+        )
 
 
 def _arithmetic(kind: Kind, weight_format: str, variant: str, threads: int) -> str:

@@ -36,7 +36,9 @@ def _model(kind: str, folder: str, variant: str) -> Any:
     if kind == "inductor":
         return torch.compile(model, dynamic=True)
     if kind == "kt":
-        options: dict[str, Any] = {"weights": "take", "weight_format": variant or "auto"}
+        experts, _, dense = variant.partition("+")
+        formats = {"weight_format": experts or "auto", "dense_format": dense or "auto"}
+        options: dict[str, Any] = {"weights": "take", **formats}
         return torch.compile(model, backend="kt", dynamic=True, options=options)
     assert kind == "zentorch", kind
     import zentorch  # noqa: F401  it registers the backend
