@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 contenders:
-  kt[:FORMAT[+FORMAT]]      torch.compile(model, backend="kt"), with a weight format of its experts, and of linear layers
+  kt[:FORMAT[+FORMAT]]      torch.compile(model, backend="kt"), with a weight format of experts, and of linear layers
   kt-eager[:FORMAT]         ktcompile.load(model), without a compiler
   transformers[:IMPL]       as it comes; its experts implementation: grouped_mm, batched_mm, eager
   inductor                  torch.compile(model)

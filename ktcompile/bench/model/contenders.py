@@ -25,9 +25,9 @@ VLLM_CACHE_GIB = 2
 class Kind:
     """A way to run a model.
 
-    driver: a module of `drivers`. package: to be imported. formats: the variant is a weight format of ktcompile, that of
-    the experts, and behind a + may be that of the linear layers where they are compiled; else it is one of `variants`, of
-    which the first is meant where none is named. dense: linear layers can have another format.
+    driver: a module of `drivers`. package: to be imported. formats: the variant is a weight format of ktcompile for
+    the experts; else it is one of `variants`, of which the first is meant where none is named. dense: behind a + may be
+    the format of linear layers.
     """
 
     driver: str
