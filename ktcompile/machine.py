@@ -93,7 +93,7 @@ def _cpu_name() -> str:
         first = _CPUINFO.read_text().split("\n\n")[0]
     except OSError:
         first = ""
-    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(\S.*?)\s*$", first, re.MULTILINE))
+    facts: dict[str, str] = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(\S.*?)\s*$", first, re.MULTILINE))
     if "model name" not in facts:
         return platform.processor() or platform.machine()
     numbers = [f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts]

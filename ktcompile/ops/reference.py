@@ -99,7 +99,7 @@ def _quantized_rows(group: int, x: torch.Tensor) -> torch.Tensor:
     group: columns that share a scale; 0: all of them."""
     if group:
         columns = x.shape[-1]
-        groups = F.pad(x, (0, -columns % group)).unflatten(-1, (-1, group))
+        groups = torch.unflatten(F.pad(x, (0, -columns % group)), -1, (-1, group))
         return _quantized_rows(0, groups).flatten(-2)[..., :columns]
     _, scales = quantize_rows(x)
     x, largest = x.float(), x.float().abs().amax(-1, keepdim=True)
