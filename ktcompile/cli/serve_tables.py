@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ktcompile.bench.serve.outcome import OK
+from ktcompile.bench.serve.stats import Spread
 from ktcompile.cli.sizes import human
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from ktcompile.bench.serve.report import ServeReport
     from ktcompile.bench.serve.soak_report import SoakReport
-    from ktcompile.bench.serve.stats import Spread
 
 # Requests that were sent later than this were not sent as the arrivals say.
 _LATE_TO_MENTION = 5e-3
@@ -36,9 +36,7 @@ def print_report(report: ServeReport) -> None:
             if status != OK:
                 words = next((o.detail for o in run.outcomes if o.status == status), "")
                 console.print(f"{run.name}: {count} ended by {status}: {words}", markup=False)
-        if summary.late and summary.late.p99 > _LATE_TO_MENTION:
-            late = f"one request in a hundred was sent {summary.late.p99 * 1e3:.1f} ms late or more"
-            console.print(f"{run.name}: {late}: this client had too little of the machine", markup=False)
+        _print_late(console, run.name, summary.late)
     for name, why in report.skipped.items():
         console.print(f"left out: {name}: {why}", markup=False)
     if report.interrupted:
@@ -72,10 +70,17 @@ def print_soak(report: SoakReport) -> None:
     if s.idle:
         now = f"running {s.idle.running}, waiting {s.idle.waiting}, KV {s.idle.kv_usage}"
         console.print(f"when all was over: {now}", markup=False)
+    _print_late(console, report.name, Spread.of([o.late for o in s.ordinary]))
     for problem in report.problems():
         console.print(f"problem: {problem}", markup=False)
     if not report.problems():
         console.print("no problem was found")
+
+
+def _print_late(console: Console, name: str, late: Spread | None) -> None:
+    if late and late.p99 > _LATE_TO_MENTION:
+        what = f"one request in a hundred was sent {late.p99 * 1e3:.1f} ms late or more"
+        console.print(f"{name}: {what}: this client had too little of the machine", markup=False)
 
 
 def _console() -> Console:
