@@ -68,7 +68,7 @@ def fake_kinds(monkeypatch):
 
     def fake(model: Path, port: int) -> list[str]:
         code = f"import sys; sys.path.insert(0, {str(Path(fake_openai.__file__).parent)!r}); import fake_openai as f; "
-        code += f"import asyncio; asyncio.run(f.serve(f.Behaviour(models=['other'], max_running=6), {port}))"
+        code += f"import asyncio; asyncio.run(f.serve(f.Behaviour(models=['other'], max_running=6, first=0.1), {port}))"
         return ["-c", code]
 
     def broken(model: Path, port: int) -> list[str]:
