@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 import urllib.request
 
 import pytest
 from helpers.fake_openai import running
 
-from ktcompile.bench.serve import load, probe, servers
+from ktcompile.bench.serve import load, probe, run, servers
 from ktcompile.bench.serve.arrivals import ClosedLoop, OpenLoop
 from ktcompile.bench.serve.dialect import candidates
 from ktcompile.bench.serve.lengths import Lengths
 from ktcompile.bench.serve.outcome import OK
+from ktcompile.bench.serve.run import Contender, ServeBenchmark
 from ktcompile.bench.serve.sse import Events
 from ktcompile.bench.serve.workload import Workload, random_requests
 
@@ -145,8 +147,8 @@ def test_what_goes_wrong_is_an_outcome(behaviour, status, words):
     with running(**behaviour) as url:
         if behaviour == {"die_after": 1}:
             find(url, w)
-        run = load.run(url, "fake", target.dialect, w, api_key=None, timeout=1.0, keep=found.append)
-        asyncio.run(run)
+        sending = load.run(url, "fake", target.dialect, w, api_key=None, timeout=1.0, keep=found.append)
+        asyncio.run(sending)
     assert [o.status for o in found] == [status] and words in found[0].detail
     assert found[0].retry_after == (2.0 if status == "429" else None)
 
@@ -200,3 +202,40 @@ def test_a_server_is_started_and_ended():
     with pytest.raises(servers.ServerError, match="did not answer within"):
         server.wait(0.2)
     server.close()
+
+
+class Impatient:
+    """A listener that presses Ctrl-C after some requests."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def note(self, text):
+        pass
+
+    def save(self, report):
+        pass
+
+    def advance(self, turns):
+        self.left -= turns
+        if self.left == -1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_keeps_what_was_measured():
+    with running(first=0.02) as url:
+        benchmark = ServeBenchmark(
+            contenders=(Contender("a", url=url), Contender("b", url=url)),
+            workload=workload(count=20),
+            api="completions",
+            warm_up=1,
+            timeout=20.0,
+            patience=20.0,
+            threads=1,
+            slo={},
+            api_key=None,
+            extra={},
+        )
+        report = run.run(benchmark, {}, Impatient(5), lambda contender, threads: pytest.fail("nothing is started"))
+    assert report.interrupted and [r.name for r in report.runs] == ["a"]
+    assert 4 <= len(report.runs[0].outcomes) < 20 and {o.status for o in report.runs[0].outcomes} == {OK}
