@@ -54,8 +54,9 @@ async def find(
     have other models than the one that they were started with. ValueError: nobody answers, the key or the model is
     wrong, or no way to write a request is understood."""
     async with make_session(api_key) as session:
-        listed = await _models(session, url, timeout)
-        model, longest = _choose(listed, model, url, must_list)
+        longest = None
+        if must_list or model is None:
+            model, longest = _choose(await _models(session, url, timeout), model, url)
         client = Client(session, url, 0.0, timeout)
         first = _short(workload.requests[0])
         problem = ""
@@ -92,13 +93,13 @@ async def _models(session: aiohttp.ClientSession, url: str, timeout: float) -> l
         raise ValueError(f"{url}/v1/models is no list of models") from error
 
 
-def _choose(listed: list[dict[str, Any]], model: str | None, url: str, must_list: bool) -> tuple[str, int | None]:
+def _choose(listed: list[dict[str, Any]], model: str | None, url: str) -> tuple[str, int | None]:
     known = {str(entry.get("id")): entry.get("max_model_len") for entry in listed}
     if model is None:
         if not known:
             raise ValueError(f"{url} lists no model; --model-name names one")
         model = next(iter(known))
-    if must_list and model not in known:
+    if model not in known:
         raise ValueError(f"{url} has no model {model!r}; it has {', '.join(known)}")
     longest = known.get(model)
     return model, longest if isinstance(longest, int) else None
