@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli import bench_model
+from ktcompile.cli import bench_model, bench_serve
 from ktcompile.cli.bench_session import replot, session, write
 from ktcompile.plan.files import check_writable
 
@@ -42,7 +42,7 @@ _LIBRARIES = ("ktcompile", "torch", "transformers", "kt-kernel", "numpy")
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and what it can measure."""
-    bench = subparsers.add_parser("bench", help="measure kernels and whole models beside the roofline and beside peers")
+    bench = subparsers.add_parser("bench", help="measure kernels, whole models and servers, beside peers")
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     kernels = what.add_parser(
         "kernels",
@@ -72,6 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--replot", type=Path, metavar="FILE.json", help="measure nothing; draw what --out wrote")
     kernels.set_defaults(run=run_kernels)
     bench_model.add_parser(what)
+    bench_serve.add_parser(what)
 
 
 def run_kernels(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli.bench_session import replot, session, write
+from ktcompile.cli.bench_session import pairs, replot, session, write
 from ktcompile.cli.sizes import human
 from ktcompile.plan.files import check_writable
 
@@ -114,7 +114,7 @@ def _benchmark(args: argparse.Namespace) -> ModelBenchmark:
     from ktcompile.models.source import describe_source
 
     folder = folder_of(locate(args.model)).absolute()
-    files = {name: Path(file) for name, file in _pairs(args.gguf, "--gguf", "FORMAT=FILE").items()}
+    files = {name: Path(file) for name, file in pairs(args.gguf, "--gguf", "FORMAT=FILE").items()}
     for name, file in files.items():
         if name not in contenders.KINDS["llama.cpp"].variants or not file.is_file():
             raise ValueError(f"--gguf {name}={file}: there is no such format, or no such file")
@@ -130,7 +130,7 @@ def _benchmark(args: argparse.Namespace) -> ModelBenchmark:
         patience=args.patience,
     )
     model = architecture(describe_source(folder))
-    pythons = _pairs(args.peer_python, "--peer-python", "NAME=PYTHON")
+    pythons = pairs(args.peer_python, "--peer-python", "NAME=PYTHON")
     chosen, absent = contenders.choose(args.contenders or contenders.DEFAULT, pythons, model, settings.threads)
     groups, too_large = contenders.groups(chosen, model, usable_memory())
     return ModelBenchmark(
@@ -141,13 +141,6 @@ def _benchmark(args: argparse.Namespace) -> ModelBenchmark:
         rounds=args.rounds,
         once_above=args.once_above,
     )
-
-
-def _pairs(values: list[str], option: str, form: str) -> dict[str, str]:
-    for value in values:
-        if not all(value.partition("=")[::2]):
-            raise ValueError(f"{option} {value!r} is none; write {form}")
-    return dict(value.split("=", 1) for value in values)
 
 
 def _replot(args: argparse.Namespace) -> int:

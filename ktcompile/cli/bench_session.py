@@ -80,6 +80,14 @@ def write(report: Report, out: Path | None) -> None:
         unfinished.replace(out)
 
 
+def pairs(values: list[str], option: str, form: str) -> dict[str, str]:
+    """Return what an option with values NAME=VALUE was given. ValueError: one has another form."""
+    for value in values:
+        if not all(value.partition("=")[::2]):
+            raise ValueError(f"{option} {value!r} is none; write {form}")
+    return dict(value.split("=", 1) for value in values)
+
+
 def replot(args: argparse.Namespace, from_json: Callable[[Any], R], draw: Callable[[R, Path], None]) -> int:
     """Draw what --json wrote. Return the exit status. ValueError: --plot is missing, or the file cannot be drawn."""
     if not args.plot:

@@ -97,7 +97,7 @@ def choose(
     chosen, absent = [], {}
     for name in dict.fromkeys(ALL if everyone else names):
         contender = _contender(name, pythons, model, threads)
-        if _is_installed(contender.python, KINDS[contender.kind].package):
+        if is_installed(contender.python, KINDS[contender.kind].package):
             chosen.append(contender)
         elif everyone:
             absent[name] = f"not installed in {contender.python}"
@@ -185,7 +185,7 @@ def _fastest(kind: str, threads: int) -> str:
 
 
 @cache
-def _is_installed(python: str, package: str) -> bool:
+def is_installed(python: str, package: str) -> bool:
     """Return whether a Python has a package. ValueError: it is no Python."""
     code = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec(sys.argv[1]) else 3)"
     try:
