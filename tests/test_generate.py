@@ -114,7 +114,7 @@ def test_the_configured_weight_format_is_the_one_that_runs(weight_format):
 
 
 def test_configure_refuses_an_unknown_format():
-    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of auto, int4, fp32"):
+    with pytest.raises(ValueError, match="weight_format is 'int3'; it must be one of auto, int4, int4_dyn, fp32"):
         hf_experts.configure(build_model(), "int3")
 
 
