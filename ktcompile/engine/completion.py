@@ -10,6 +10,7 @@ from ktcompile.engine.outputs import CompletionOutput, FinishReason, Logprobs
 from ktcompile.engine.sampler import Sampled, SamplingState
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.engine.stop_texts import StopTexts
+from ktcompile.engine.structured import Grammar
 
 
 class Completion:
@@ -29,7 +30,8 @@ class Completion:
         index: int = 0,
     ) -> None:
         ends = frozenset(() if params.ignore_eos else end_tokens)
-        self.state = SamplingState(params, prompt_ids, ends, stream=index)
+        grammar = None if params.structured_outputs is None else Grammar(params.structured_outputs, tokenizer)
+        self.state = SamplingState(params, prompt_ids, ends, stream=index, grammar=grammar)
         self._params = params
         self._tokenizer = tokenizer
         self._ends = ends
@@ -60,6 +62,8 @@ class Completion:
             self._end("stop", None if token in self._ends else token)
         else:
             self._take(self._incremental.add(token), may_stop)
+            if self.finish_reason is None and self.state.grammar is not None and self.state.grammar.ended:
+                self._end("stop")
             if self.finish_reason is None and len(self._token_ids) == self._limit:
                 self._end("length")
         return "".join(self._pieces[before:])
