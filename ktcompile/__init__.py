@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ktcompile import openmp, ops  # noqa: F401  (openmp first: it loads torch)
 from ktcompile.graph.report import CompileReport, compile_reports
-from ktcompile.models import hf_attention, hf_experts
+from ktcompile.models import hf_attention, hf_experts, hf_paged
 from ktcompile.ops import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ _LAZY = {
 
 hf_experts.register()
 hf_attention.register()
+hf_paged.register()
 
 
 def __getattr__(name: str) -> object:
