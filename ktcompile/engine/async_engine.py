@@ -13,39 +13,28 @@ import enum
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ktcompile.engine.outputs import FinishReason, Logprobs
+from ktcompile.engine.outputs import FinishReason
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.log import logger
+
+if TYPE_CHECKING:
+    from ktcompile.engine.engine import Delta, EngineStats
 
 # Steps that fail one after the other before the engine is given up.
 _FAILURES = 3
 
 
-class DeltaLike(Protocol):
-    """What a step added to one answer: `ktcompile.engine.engine.Delta`."""
-
-    @property
-    def request_id(self) -> str: ...
-    @property
-    def index(self) -> int: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-    @property
-    def logprobs(self) -> Sequence[Logprobs] | None: ...
-    @property
-    def finish_reason(self) -> FinishReason | None: ...
-    @property
-    def stop_reason(self) -> int | str | None: ...
-
-
 class EngineLike(Protocol):
-    """What is called here of `ktcompile.engine.engine.Engine`, all of it by one thread."""
+    """What is used of `ktcompile.engine.engine.Engine`. What changes is called by one thread."""
+
+    model_name: str
+    tokenizer: Any
+    max_model_len: int
+    vocab_size: int
 
     @property
     def has_requests(self) -> bool: ...
@@ -59,8 +48,8 @@ class EngineLike(Protocol):
         deadline: float | None = None,
     ) -> None: ...
     def abort(self, request_id: str) -> None: ...
-    def step(self) -> Sequence[DeltaLike]: ...
-    def stats(self) -> Any: ...
+    def step(self) -> Sequence[Delta]: ...
+    def stats(self) -> EngineStats: ...
 
 
 class Observer(Protocol):
@@ -71,7 +60,7 @@ class Observer(Protocol):
     """
 
     def added(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> None: ...
-    def stepped(self, deltas: Sequence[DeltaLike], stats: Any, seconds: float) -> None: ...
+    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, seconds: float) -> None: ...
     def dropped(self, request_id: str, reason: FinishReason) -> None: ...
 
 
@@ -103,7 +92,7 @@ class Stream:
     limit: int
     unfinished: int
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    deltas: deque[DeltaLike] = field(default_factory=deque)
+    deltas: deque[Delta] = field(default_factory=deque)
     error: Exception | None = None
 
     @property
@@ -127,7 +116,7 @@ class AsyncEngine:
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._unfinished: dict[str, int] = {}  # answers of requests that the engine has; of its thread
-        self._stats: Any = engine.stats()
+        self._stats = engine.stats()
         self._closing = False
         self._health = Health.READY
         self._failures = 0
@@ -146,7 +135,7 @@ class AsyncEngine:
         return len(self._streams)
 
     @property
-    def stats(self) -> Any:
+    def stats(self) -> EngineStats:
         """What `Engine.stats` said last."""
         return self._stats
 
@@ -163,7 +152,7 @@ class AsyncEngine:
         *,
         prompt: str | None = None,
         deadline: float | None = None,
-    ) -> AsyncIterator[list[DeltaLike]]:
+    ) -> AsyncGenerator[list[Delta], None]:
         """Yield what the engine adds to a request, each time all that was not read yet, until its last answer ends.
 
         Leaving the loop early, or being cancelled, aborts the request. deadline: by time.monotonic.
@@ -264,7 +253,7 @@ class AsyncEngine:
             if name in self._streams:
                 _fail(self._streams[name], error)
 
-    def _deliver(self, deltas: Sequence[DeltaLike]) -> None:
+    def _deliver(self, deltas: Sequence[Delta]) -> None:
         """Hand the deltas of a step to their streams. Runs in the loop."""
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
@@ -325,7 +314,9 @@ class AsyncEngine:
             logger.exception("a step of the engine failed")
             self._recover(error)
             return
-        self._failures = 0
+        # The engine ends the requests of a step of the model that fails; all of them do where it cannot work any more.
+        failed = bool(deltas) and all(delta.finish_reason == "error" for delta in deltas)
+        self._failures = self._failures + 1 if failed else 0
         for delta in deltas:
             if delta.finish_reason is not None and delta.request_id in self._unfinished:
                 self._unfinished[delta.request_id] -= 1
@@ -335,6 +326,8 @@ class AsyncEngine:
             self._observer.stepped(deltas, self._stats, time.monotonic() - begin)
         if deltas:
             self._call_loop(self._deliver, deltas)
+        if self._failures == _FAILURES:
+            self._give_up(StepError("steps of the engine fail again and again"))
 
     def _recover(self, error: Exception) -> None:
         """End all requests after a step that failed; give up if that fails too, or steps do again and again."""
@@ -346,7 +339,7 @@ class AsyncEngine:
             for name in names:
                 self.engine.abort(name)
                 self._drop(name, "error")
-            recovered = not self.engine.has_requests and self._failures < _FAILURES
+            recovered = self._failures < _FAILURES
         except Exception:
             logger.exception("the requests of a step that failed could not be aborted")
             recovered = False

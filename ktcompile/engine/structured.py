@@ -1,14 +1,14 @@
 """Answers that follow a grammar: which tokens may come next.
 
-The grammar engine is llguidance (extra `serve`). A tokenizer's trie is made once for each tokenizer and size of
-vocabulary; a grammar is compiled for each answer, in milliseconds for schemas of an ordinary size.
+The grammar engine is llguidance (extra `serve`). The trie of a tokenizer is made once, a grammar when it first comes;
+each answer has a copy of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 # Between the parts of JSON: nothing, a space, or a line with its indentation. A model at a loss would go on with blanks
 # until its tokens end.
 _JSON = {"whitespace_pattern": r"( |\n[ ]{0,32})?"}
-# By tokenizer: what llguidance knows of it.
-_TOKENIZERS: weakref.WeakKeyDictionary[Any, LLTokenizer] = weakref.WeakKeyDictionary()
 
 
 class Grammar:
@@ -33,8 +31,7 @@ class Grammar:
     """
 
     def __init__(self, params: StructuredOutputsParams, tokenizer: Any) -> None:
-        guidance = _llguidance()
-        self._matcher: LLMatcher = guidance.LLMatcher(_tokenizer(tokenizer), _source(guidance, params), log_level=0)
+        self._matcher = _compiled(tokenizer, _source(_llguidance(), params)).deep_copy()
         self._check(params.kind)
 
     @property
@@ -75,13 +72,18 @@ def _source(guidance: Any, params: StructuredOutputsParams) -> str:
     return str(guidance.grammar_from("grammar", params.grammar))
 
 
-def _tokenizer(tokenizer: Any) -> LLTokenizer:
-    known = _TOKENIZERS.get(tokenizer)
-    if known is None:
-        from llguidance.hf import from_tokenizer
+@functools.lru_cache(maxsize=128)
+def _compiled(tokenizer: Any, source: str) -> LLMatcher:
+    """Return a grammar at its beginning, to be copied. A large one may take a second."""
+    matcher: LLMatcher = _llguidance().LLMatcher(_trie(tokenizer), source, log_level=0)
+    return matcher
 
-        known = _TOKENIZERS[tokenizer] = from_tokenizer(tokenizer)
-    return known
+
+@functools.lru_cache(maxsize=4)
+def _trie(tokenizer: Any) -> LLTokenizer:
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer)
 
 
 def _llguidance() -> Any:

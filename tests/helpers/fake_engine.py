@@ -8,26 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktcompile.engine.outputs import FinishReason, Logprobs
+from ktcompile.engine.engine import Delta, EngineStats
+from ktcompile.engine.outputs import FinishReason
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.scheduler.request import QueueFullError
-
-
-@dataclass(frozen=True)
-class FakeDelta:
-    request_id: str
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: list[Logprobs] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass(frozen=True)
-class FakeStats:
-    num_running: int
-    num_waiting: int
 
 
 @dataclass
@@ -42,6 +26,10 @@ class FakeRequest:
 class FakeEngine:
     """Serves `width` requests at a time and lets `queue` wait. before_step: is called in each, and may raise."""
 
+    tokenizer: Any = None
+    model_name: str = "fake"
+    max_model_len: int = 2048
+    vocab_size: int = 4096
     width: int = 4
     queue: int = 1_000_000
     before_step: Callable[[], None] = lambda: None
@@ -73,7 +61,7 @@ class FakeEngine:
         if self.requests.pop(request_id, None) is not None:
             self.aborted.append(request_id)
 
-    def step(self) -> list[FakeDelta]:
+    def step(self) -> list[Delta]:
         self.steps += 1
         self.before_step()
         deltas = []
@@ -84,14 +72,14 @@ class FakeEngine:
             done = late or request.sent == (request.params.max_tokens or 16)
             reason: FinishReason | None = ("timeout" if late else "length") if done else None
             for index in range(request.params.n):
-                deltas.append(FakeDelta(name, index, f"{token} ", (token,), None, reason))
+                deltas.append(Delta(name, index, f"{token} ", (token,), None, reason, None, len(request.prompt)))
             if done:
                 del self.requests[name]
         return deltas
 
-    def stats(self) -> Any:
+    def stats(self) -> EngineStats:
         running = min(self.width, len(self.requests))
-        return FakeStats(running, len(self.requests) - running)
+        return EngineStats(running, len(self.requests) - running, 8, 8 - running, running / 8, 0, 0, 0, self.steps)
 
 
 def fake_token(prompt: list[int], position: int) -> int:
