@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
@@ -45,17 +46,19 @@ _HELP = {
     "dense_format": "likewise of large linear layers",
     "eager": "run the model without compiling it",
 }
+# Their flags have defaults: one that is given the default counts as left out.
+_OF_DEVICE = {field.name: field.default for field in fields(DeviceOptions)}
+_METAVARS: dict[Any, str] = {int: "N", float: "N", str: "TEXT", size: "SIZE"}
 _SIZES = ("max_body_bytes", "kv_cache_memory")
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser, *records: type) -> None:
     """Add a flag for each field of some records, and --config. What was not given is not in the result."""
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings by name, as port = 8001")
-    of_device = {field.name for field in fields(DeviceOptions)}
     for record in records:
         group = parser.add_argument_group(record.__name__.removesuffix("Options").lower())
         for name, default, kind in _settings(record):
-            if name in of_device:
+            if name in _OF_DEVICE:
                 continue
             flag, shown = f"--{name.replace('_', '-')}", "" if default is None else f" (default: {default})"
             more: dict[str, Any] = {"help": f"{_HELP[name]}{shown}".replace("%", "%%"), "default": argparse.SUPPRESS}
@@ -63,9 +66,8 @@ def add_setting_arguments(parser: argparse.ArgumentParser, *records: type) -> No
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
             else:
                 reader = size if name in _SIZES else kind
-                group.add_argument(flag, type=reader, metavar=kind.__name__.upper(), **more)
+                group.add_argument(flag, type=reader, metavar=_METAVARS[reader], **more)
     add_device_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(of_device, argparse.SUPPRESS))
 
 
 def settings_of(args: argparse.Namespace, *records: type, others: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -75,8 +77,9 @@ def settings_of(args: argparse.Namespace, *records: type, others: tuple[str, ...
     kinds.update(dict.fromkeys(others, str))
     result = _of_file(args.config, kinds) if args.config is not None else {}
     result.update(_of_environment(os.environ, kinds))
-    given = {name: getattr(args, name, argparse.SUPPRESS) for name in kinds}
-    result.update({name: value for name, value in given.items() if value not in (argparse.SUPPRESS, None)})
+    given = {name: getattr(args, name, None) for name in kinds}
+    left_out = {name: _OF_DEVICE.get(name) for name in kinds}
+    result.update({name: value for name, value in given.items() if value not in (None, left_out[name])})
     return result
 
 
@@ -97,9 +100,9 @@ def _settings(record: type) -> list[tuple[str, Any, Any]]:
 
 
 def _of_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError:  # Python 3.10
+    else:
         import tomli as tomllib
 
     try:
@@ -109,9 +112,8 @@ def _of_file(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in kinds:
             close = difflib.get_close_matches(name, kinds, 1)
-            raise ValueError(
-                f"{path} has {name!r}, which is no setting{(close and f'; did you mean {close[0]!r}?') or ''}"
-            )
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path} has {name!r}, which is no setting{hint}")
     return {name: _read(f"{name} of {path}", value, name, kinds[name]) for name, value in values.items()}
 
 

@@ -163,7 +163,7 @@ def _add_others(app: FastAPI, service: Service) -> None:
         """Return the text of tokens."""
         service.check_model(body.model)
         if any(token >= service.vocab_size for token in body.tokens):
-            raise ApiError(400, f"the model's tokens are 0 to {service.vocab_size - 1}", param="tokens")
+            raise ApiError(400, f"tokens has some that are not 0 to {service.vocab_size - 1}", param="tokens")
         return json_response({"prompt": await service.prompts.text_of(body.tokens)})
 
     @app.get("/health")

@@ -81,7 +81,7 @@ async def _prompts(body: CompletionRequest, service: Service) -> list[_Prompt]:
                 result.append((prompt, await service.prompts.of_text(prompt)))
         else:
             if any(token >= service.vocab_size for token in prompt):
-                raise ApiError(400, f"the model's tokens are 0 to {service.vocab_size - 1}", param="prompt")
+                raise ApiError(400, f"prompt has tokens that are not 0 to {service.vocab_size - 1}", param="prompt")
             result.append((await service.prompts.text_of(prompt) if body.echo else None, prompt))
     return result
 

@@ -69,7 +69,7 @@ class ToolParser:
     def __init__(self, tools: Sequence[Tool], *, forced: str | None = None, bare: bool = False) -> None:
         self._names = {tool.function.name for tool in tools}
         self._bare = bare
-        self._held = ""
+        self._held = self._blanks = ""
         self._arguments: _JsonValue | None = None  # of a call that has begun
         self._inside = bare
         self._ended = False  # the arguments of the call are complete
@@ -101,16 +101,13 @@ class ToolParser:
 
     def _text(self) -> Iterator[str | CallDelta]:
         place = self._held.find(OPEN)
+        sure = place if place >= 0 else len(self._held) - _overlap(self._held, OPEN)
+        text = self._held[:sure].rstrip()  # blanks wait for what follows: before a call they are nothing
         if place >= 0:
-            before, self._held = self._held[:place], self._held[place + len(OPEN) :]
+            self._blanks, self._held = self._held[len(text) : place], self._held[place + len(OPEN) :]
             self._inside = True
-            if before.strip():
-                yield before
-            return
-        # Blanks before a call, and what may be the begin of one, wait.
-        sure = len(self._held) - _overlap(self._held, OPEN)
-        sure = len(self._held[:sure].rstrip()) if sure < len(self._held) or self.calls else sure
-        text, self._held = self._held[:sure], self._held[sure:]
+        else:
+            self._held = self._held[len(text) :]
         if text:
             yield text
 
@@ -150,7 +147,7 @@ class ToolParser:
         except (ValueError, KeyError, TypeError, AttributeError):
             name, arguments = None, None
         if not isinstance(name, str) or name not in self._names:
-            yield body if self._bare else f"{OPEN}{body}{CLOSE if closed else ''}"
+            yield body if self._bare else f"{self._blanks}{OPEN}{body}{CLOSE if closed else ''}"
             return
         yield self._begin(name)
         yield CallDelta(self.calls - 1, arguments=json.dumps(arguments, ensure_ascii=False))

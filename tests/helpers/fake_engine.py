@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktcompile.engine.engine import Delta, EngineStats
-from ktcompile.engine.outputs import FinishReason
+from ktcompile.engine.outputs import FinishReason, Logprob
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.scheduler.request import QueueFullError
 
@@ -71,8 +71,9 @@ class FakeEngine:
             late = request.deadline is not None and time.monotonic() >= request.deadline
             done = late or request.sent == (request.params.max_tokens or 16)
             reason: FinishReason | None = ("timeout" if late else "length") if done else None
+            logprobs = None if request.params.logprobs is None else [{token: Logprob(-1.0, 1, f"{token} ")}]
             for index in range(request.params.n):
-                deltas.append(Delta(name, index, f"{token} ", (token,), None, reason, None, len(request.prompt)))
+                deltas.append(Delta(name, index, f"{token} ", (token,), logprobs, reason, None, len(request.prompt)))
             if done:
                 del self.requests[name]
         return deltas
