@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from helpers.engines import Answer, engine_of, prompts, serve, tiny
 
 from ktcompile.engine.engine import Engine
-from ktcompile.engine.generate import generate_to_end
 from ktcompile.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from helpers.moe_models import build, case_of
 from helpers.text_model import byte_level_tokenizer
-
 from ktcompile.engine.engine import Engine
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import FinishReason
