@@ -72,8 +72,8 @@ class EngineStats:
 class Engine:
     """A model that serves many requests. One thread calls `add`, `abort` and `step`.
 
-    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: it cannot run over blocks.
-    Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
+    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: the model cannot run
+    over blocks. Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
     """
 
     def __init__(self, model: str | Path | None = None, options: EngineOptions | None = None) -> None:
