@@ -72,8 +72,8 @@ class EngineStats:
 class Engine:
     """A model that serves many requests. One thread calls `add`, `abort` and `step`.
 
-    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: the model cannot run over
-    blocks. Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
+    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: the model cannot run
+    over blocks. Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
     """
 
     def __init__(self, model: str | Path | None = None, options: EngineOptions | None = None) -> None:
@@ -200,7 +200,9 @@ class Engine:
             self._compute(step, sampled, deltas)
         except Exception:
             logger.exception("a step of the model failed; its requests end")
-            deltas += [self._end(chunk.request_id, "error") for chunk in step.chunks if chunk.request_id in self._answers]
+            deltas += [
+                self._end(chunk.request_id, "error") for chunk in step.chunks if chunk.request_id in self._answers
+            ]
         except BaseException:  # nobody gets the deltas
             for chunk in step.chunks:
                 if chunk.request_id in self._answers:

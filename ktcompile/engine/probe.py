@@ -34,7 +34,9 @@ def attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
     config = model.config.get_text_config()
     fields: dict[str, Any] = config.to_dict()
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{name} takes no position_ids, so tokens of several sequences cannot be told apart")
+        raise UnsupportedModelError(
+            f"{name} takes no position_ids, so tokens of several sequences cannot be told apart"
+        )
     if model.device.type != "cpu":
         raise UnsupportedModelError(f"{name} is on {model.device}; keys and values in blocks are on the CPU alone")
     _check_rope(name, fields)
@@ -70,7 +72,7 @@ def paged_implementation(model: PreTrainedModel) -> Iterator[None]:
 
 def _check_rope(name: str, fields: dict[str, Any]) -> None:
     rope = fields.get("rope_parameters") or {}
-    kinds = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    kinds = {str(p.get("rope_type")) for p in (rope, *rope.values()) if isinstance(p, dict)}
     changing = kinds.intersection(_CHANGING_ROPE)
     if changing:
         raise UnsupportedModelError(

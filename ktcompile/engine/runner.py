@@ -51,18 +51,19 @@ class ModelRunner:
         longest = _longest(model, options)
         kv_format = _format(options, calls[0].dtype)
         layers = [layer_kv(kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
-        needed = options.max_num_seqs * blocks_for(longest, options.block_size)
+        sequences = max(2, options.max_num_seqs)  # two are run to check the model
+        needed = sequences * blocks_for(longest, options.block_size)
         budget = default_budget() if options.kv_cache_memory is None else options.kv_cache_memory
         self.num_blocks = min(needed, num_blocks(budget, layers, options.block_size))
         self.max_model_len = min(longest, self.num_blocks * options.block_size)
         self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
         storage = allocate(kv_format, layers, self.num_blocks, options.block_size)
         self._layers = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
-        self._inputs = StepInputs(
-            options.max_num_seqs, blocks_for(self.max_model_len, options.block_size), options.block_size
-        )
+        self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
         self._forward = self._of(options)
-        self._check(options)
+        # What modules have as numbers is constant; else each call would be given it anew.
+        with torch._dynamo.config.patch(specialize_float=True):
+            self._check(options)
 
     @torch.no_grad()
     def run(self, step: Step) -> StepLogits:
@@ -85,10 +86,19 @@ class ModelRunner:
 
         if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
             return forward
-        for tensor in (*(t for layer in layers for t in layer), inputs.block_table, inputs.lengths, inputs.query_starts):
+        for tensor in (
+            *(t for layer in layers for t in layer),
+            inputs.block_table,
+            inputs.lengths,
+            inputs.query_starts,
+        ):
             if tensor is not None:
                 torch._dynamo.mark_static(tensor)
-        settings = {"weights": "take", "weight_format": options.weight_format, "dense_format": options.dense_format}
+        settings: dict[str, Any] = {
+            "weights": "take",
+            "weight_format": options.weight_format,
+            "dense_format": options.dense_format,
+        }
         compiled: Callable[..., Tensor] = torch.compile(
             _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
         )
@@ -100,14 +110,14 @@ class ModelRunner:
         UnsupportedModelError: they are others, so layers keep something that is not in the blocks, or mix tokens.
         """
         size = options.block_size
-        if self.num_blocks < 2 or options.max_num_seqs < 2 or self.max_model_len < 4:
-            # Too small for two sequences; the shapes are still run.
-            self.run(_step(_chunk("a", (1, 2), 0, size)))
-            self.run(_step(_chunk("a", (2,), 1, size)))
-            return
-        together = self.run(_step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), 1, size))).values
+        behind = blocks_for(3, size)  # those of the first sequence
+        if behind + blocks_for(2, size) > self.num_blocks or self.max_model_len < 3:
+            raise ValueError(f"{self.num_blocks} blocks of {size} positions are too few; raise kv_cache_memory")
+        both = _step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size))
+        self.run(both)  # the first call checks the kernels, and runs operation by operation
+        together = self.run(both).values
         alone = self.run(_step(_chunk("a", (3,), 0, size, begin=2))).values
-        apart = self.run(_step(_chunk("b", (4, 5), 1, size))).values
+        apart = self.run(_step(_chunk("b", (4, 5), behind, size))).values
         pairs = ((alone[0], together[0]), (apart[0], together[1]))
         if all(torch.equal(x, y) for x, y in pairs):
             return

@@ -1,8 +1,8 @@
-"""The attention implementation "kt_paged" of transformers, by which tokens of many sequences run through a model at once.
+"""The attention implementation "kt_paged" of transformers: tokens of many sequences run through a model at once.
 
-A step is one call of the model, `model(input_ids=[1, T], position_ids=[1, T], use_cache=False, kv_step=PagedStep(...))`:
-the tokens of all sequences one behind the other, each with its own position. No mask is made. Everything but attention
-computes tokens by themselves; attention finds out of `kv_step` which sequence a token belongs to.
+A step is one call, `model(input_ids=[1, T], position_ids=[1, T], use_cache=False, kv_step=PagedStep())`: the tokens of
+all sequences one behind the other, each with its own position. No mask is made. Everything but attention computes
+tokens by themselves; attention finds out of `kv_step` which sequence a token belongs to.
 
 Shape suffixes: T tokens, H heads of queries, J heads of keys, D size of a key, V size of a value.
 """

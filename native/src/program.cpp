@@ -537,8 +537,7 @@ void program::call::compute_cached_attention(const step& s) {
   if (!holds(key_blocks, key_scales, key) || !holds(value_blocks, value_scales, value) ||
       !std::equal(key_blocks.shape, key_blocks.shape + 3, value_blocks.shape))
     fail("keys or values do not fit into their storage");
-  if (key.shape[1] == 0 || q.shape[1] % key.shape[1] || q.shape[3] != key.shape[3])
-    fail("queries and keys do not fit");
+  if (key.shape[1] == 0 || q.shape[1] % key.shape[1] || q.shape[3] != key.shape[3]) fail("queries and keys do not fit");
   if (slots.type != element::i64 || table.type != element::i32 || lengths.type != element::i64 ||
       starts.type != element::i64 || table.rank != 2 || slots.count() != q.shape[2] ||
       lengths.count() != table.shape[0] || starts.count() != table.shape[0] + 1)

@@ -64,13 +64,13 @@ enum class opcode : std::uint8_t {
   expand,     // n: the shape, -1 where it stays
   contiguous,
   // Computations.
-  linear,       // in: x. A packed weight
-  moe,          // in: x, ids, weights. Packed experts
-  norm,         // in: x, weight. n: round_first. x: epsilon, offset
-  add_norm,     // in: x, addend, weight. out: sum, norm. As norm
-  rotary,       // in: x, cos, sin and perhaps the weight of a norm. As norm
-  attention,    // in: query, key, value and perhaps mask, sinks. n: causal, first position or -1, window or 0,
-                // which of mask (1) and sinks (2) there are. x: scale or 0, softcap or 0
+  linear,            // in: x. A packed weight
+  moe,               // in: x, ids, weights. Packed experts
+  norm,              // in: x, weight. n: round_first. x: epsilon, offset
+  add_norm,          // in: x, addend, weight. out: sum, norm. As norm
+  rotary,            // in: x, cos, sin and perhaps the weight of a norm. As norm
+  attention,         // in: query, key, value and perhaps mask, sinks. n: causal, first position or -1, window or 0,
+                     // which of mask (1) and sinks (2) there are. x: scale or 0, softcap or 0
   cached_attention,  // in: blocks of keys, of values, perhaps their scales; query, key, value; slots, block table,
                      // lengths, query starts, perhaps sinks. Keys and values are stored first. n: window or 0, which of
                      // scales (1) and sinks (2) there are. x: scale or 0, softcap or 0
