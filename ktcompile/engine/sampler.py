@@ -102,7 +102,7 @@ class SamplingState:
         """Change a row by what does not depend on the other tokens' logits: steps 2 and 3."""
         params = self.params
         if self.grammar is not None:
-            logits[~self.grammar.allowed(len(logits))] = -np.inf
+            np.putmask(logits, ~self.grammar.allowed(len(logits)), -np.inf)
         if self.num_tokens < params.min_tokens:
             ends = self._ends[self._ends < len(logits)]
             kept = logits[ends]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -50,24 +51,33 @@ class EventStream(Response):
         self.init_headers({**_HEADERS, "Content-Type": "text/event-stream; charset=utf-8"})
         self._events = events
         self._write_timeout = write_timeout
+        self._begin: float | None = None  # of the event that is being sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            while not (sending.done() or leaving.done() or self._sleeps()):
+                await asyncio.wait(
+                    {sending, leaving}, timeout=self._write_timeout / 2, return_when=asyncio.FIRST_COMPLETED
+                )
             if sending.done():
-                with contextlib.suppress(OSError, TimeoutError, asyncio.TimeoutError):  # the client has gone, or sleeps
+                with contextlib.suppress(OSError):  # the client has gone
                     sending.result()
         finally:
             await _cancel(sending, leaving)
             await self._events.aclose()
 
+    def _sleeps(self) -> bool:
+        """Whether the client has not taken an event for too long."""
+        return self._begin is not None and time.monotonic() - self._begin > self._write_timeout
+
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for piece in self._events:
-            message = {"type": "http.response.body", "body": piece, "more_body": True}
-            await asyncio.wait_for(send(message), self._write_timeout)
+            self._begin = time.monotonic()
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            self._begin = None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
