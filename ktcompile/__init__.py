@@ -18,7 +18,7 @@ from ktcompile.ops import get_num_threads, set_num_threads
 if TYPE_CHECKING:
     from ktcompile.engine.llm import LLM
     from ktcompile.engine.outputs import CompletionOutput, RequestOutput
-    from ktcompile.engine.sampling_params import SamplingParams
+    from ktcompile.engine.sampling_params import SamplingParams, StructuredOutputsParams
     from ktcompile.models.load import load
     from ktcompile.models.placed import expert_metrics
 
@@ -29,6 +29,7 @@ __all__ = [
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "compile_reports",
     "expert_metrics",
     "get_num_threads",
@@ -43,6 +44,7 @@ _LAZY = {
     "CompletionOutput": "ktcompile.engine.outputs",
     "RequestOutput": "ktcompile.engine.outputs",
     "SamplingParams": "ktcompile.engine.sampling_params",
+    "StructuredOutputsParams": "ktcompile.engine.sampling_params",
     "expert_metrics": "ktcompile.models.placed",
     "load": "ktcompile.models.load",
 }

@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     app = make_app(settings.get("model"), options, engine_options)
     url, name = url_of(bound), app.state.service.name
+    if not app.state.service.prompts.has_template:
+        logger.info("the model has no chat template; messages are put one after the other")
 
     def started() -> None:
         key = "" if options.api_key is None else " -H 'Authorization: Bearer KEY'"
