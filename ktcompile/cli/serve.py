@@ -7,6 +7,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, ServerOptions, EngineOptions, others=_OTHERS)
     options: ServerOptions = of_record(ServerOptions, settings)
     engine_options: EngineOptions = of_record(EngineOptions, settings)
+    if options.trace and find_spec("opentelemetry.sdk") is None:
+        raise ValueError("--trace needs OpenTelemetry: pip install 'ktcompile[otel]'")
     _start_log(settings.get("log_format", "text"), settings.get("log_level", "info"))
     try:
         bound = bind(options)  # that it is in use shows before the model is loaded
@@ -78,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
 
-    serve(app, options, bound, started)
+    with _spans(options.trace):
+        serve(app, options, bound, started)
     return 0
 
 
@@ -103,6 +108,27 @@ def make_app(model: str | None, options: ServerOptions, engine_options: EngineOp
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {name: chosen[name] for name in names if name in chosen}
     return create_app(engine, options, defaults=defaults, expert_metrics=experts)
+
+
+@contextmanager
+def _spans(wanted: bool) -> Iterator[None]:
+    """Send spans as the variables OTEL_* say, for the time of a block."""
+    if not wanted:
+        yield
+        return
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({"service.name": "ktcompile"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        provider.shutdown()
 
 
 def check_installed() -> None:

@@ -33,6 +33,7 @@ _HELP = {
     "max_n": "answers that a request may ask for",
     "metrics_prefix": "of the names of metrics",
     "log_prompts": "write prompts to the log",
+    "trace": "send spans to OTEL_EXPORTER_OTLP_ENDPOINT (extra otel)",
     "max_num_seqs": "sequences that are computed at a time",
     "max_num_batched_tokens": "tokens of a step",
     "max_model_len": "positions of a sequence (default: the model's)",

@@ -171,13 +171,12 @@ class AsyncEngine:
             while True:
                 await stream.ready.wait()
                 stream.ready.clear()
-                if stream.error is not None:
-                    raise stream.error
-                deltas = list(stream.deltas)
+                deltas, error, ended = list(stream.deltas), stream.error, stream.ended
                 stream.deltas.clear()
-                ended = stream.ended  # while the reader has the deltas, more may come
                 if deltas:
-                    yield deltas
+                    yield deltas  # while the reader has them, more may come
+                if error is not None:
+                    raise error
                 if ended:
                     return
         finally:

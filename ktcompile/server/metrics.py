@@ -5,6 +5,7 @@ All that is counted here is told by the thread of the engine, at the end of each
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ _BATCH = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(slots=True)
-class _Request:
-    """A request on its way, with times. started: when its prompt's first tokens were computed."""
+class Timing:
+    """A request on its way, with times of time.monotonic. started: when its prompt's first tokens were computed.
+    tokens: of all its answers."""
 
     prompt_tokens: int
     unfinished: int
@@ -42,12 +44,23 @@ class _Request:
 
 
 class ServerMetrics:
-    """An observer of the engine with a registry of its own. prefix: of all names, vLLM's as they are: "vllm:"."""
+    """An observer of the engine with a registry of its own.
 
-    def __init__(self, model: str, prefix: str, expert_metrics: Callable[[], ExpertMetrics | None]) -> None:
+    prefix: of all names, vLLM's as they are: "vllm:". ended: is told of each request that ended, why and when.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prefix: str,
+        expert_metrics: Callable[[], ExpertMetrics | None],
+        ended: Callable[[str, Timing, str, float], None] | None = None,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._expert_metrics = expert_metrics
-        self._requests: dict[str, _Request] = {}  # in the order of their arrival
+        self._ended = ended
+        self._lock = threading.Lock()  # levels are noted by the engine's thread and by who asks for metrics
+        self._requests: dict[str, Timing] = {}  # in the order of their arrival
 
         def make(kind: Any, name: str, text: str, labels: Sequence[str] = (), **more: Any) -> Any:
             metric = kind(prefix + name, text, ("model_name", *labels), registry=self.registry, **more)
@@ -89,7 +102,7 @@ class ServerMetrics:
         self._rejections.labels(self._model, reason).inc()
 
     def added(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> None:
-        self._requests[request_id] = _Request(num_prompt_tokens, params.n, arrival)
+        self._requests[request_id] = Timing(num_prompt_tokens, params.n, arrival)
         self._of_prompt.observe(num_prompt_tokens)
         self._n.observe(params.n)
 
@@ -120,8 +133,9 @@ class ServerMetrics:
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
-        self._preemptions.inc(stats.num_preemptions - self._seen_preemptions)
-        self._seen_preemptions = stats.num_preemptions
+        with self._lock:
+            self._preemptions.inc(max(0, stats.num_preemptions - self._seen_preemptions))
+            self._seen_preemptions = max(stats.num_preemptions, self._seen_preemptions)
 
     def _note_starts(self, waiting: int, begin: float) -> None:
         """Note which requests have begun: all but the youngest, which wait, since the first to come is the first
@@ -134,7 +148,7 @@ class ServerMetrics:
             else:
                 request.started = begin
 
-    def _take(self, request: _Request, delta: Delta, now: float, begin: float) -> None:
+    def _take(self, request: Timing, delta: Delta, now: float, begin: float) -> None:
         if not delta.token_ids:
             return
         request.tokens += len(delta.token_ids)
@@ -157,3 +171,5 @@ class ServerMetrics:
             self._decode.observe(now - request.first)
             self._inference.observe(now - request.started)
         self._of_answer.observe(request.tokens)
+        if self._ended is not None:
+            self._ended(request_id, request, reason, now)

@@ -14,7 +14,8 @@ class ServerOptions:
     request_timeout: seconds that a request may take; one may ask for less; None: no limit. max_unread: parts of an
     answer that a slow reader may leave. write_timeout: seconds in which it must take something. drain_timeout: seconds
     that requests have to end after SIGTERM. max_connections: at a time. max_logprobs, max_n: what a request may ask
-    for. metrics_prefix: of the names of metrics. log_prompts: the log has what is asked.
+    for. metrics_prefix: of the names of metrics. log_prompts: the log has what is asked. trace: spans of OpenTelemetry
+    are made, for the provider of the process.
 
     ValueError: a value is out of its range.
     """
@@ -34,6 +35,7 @@ class ServerOptions:
     max_n: int = 16
     metrics_prefix: str = "vllm:"
     log_prompts: bool = False
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:

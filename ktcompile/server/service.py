@@ -28,6 +28,7 @@ from ktcompile.server.sse import while_connected
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta
     from ktcompile.runtime.metrics import ExpertMetrics
+    from ktcompile.server.tracing import Tracing
 
 Deltas = AsyncGenerator[list["Delta"], None]
 
@@ -74,7 +75,13 @@ class Service:
         self.name = options.served_model_name or served_name(engine.model_name)
         self.created = int(time.time())
         self.defaults = defaults or {}
-        self.metrics = ServerMetrics(self.name, options.metrics_prefix, expert_metrics)
+        self._tracing: Tracing | None = None
+        if options.trace:
+            from ktcompile.server.tracing import Tracing
+
+            self._tracing = Tracing(self.name)
+        ended = None if self._tracing is None else self._tracing.ended
+        self.metrics = ServerMetrics(self.name, options.metrics_prefix, expert_metrics, ended)
         self.prompts = Prompts(engine.tokenizer)
         self.engine = AsyncEngine(engine, max_unread=options.max_unread, observer=self.metrics)
         self.max_model_len = engine.max_model_len
@@ -95,8 +102,8 @@ class Service:
         self, request: Request, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
     ) -> Deltas:
         """Return what comes of a prompt, once the first of it is there. ApiError: nothing does. ClientLeft."""
-        stream = await self._begin(prompt, ids, params, timeout)
-        with api_errors():
+        name, stream = await self._begin(request, prompt, ids, params, timeout)
+        with self._traced(name), api_errors():
             first = await while_connected(request, anext(stream))
         for delta in first:
             if delta.finish_reason in _FAILED and not delta.text:
@@ -108,13 +115,14 @@ class Service:
         self, request: Request, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
     ) -> list[Answer]:
         """Return all answers to a prompt, whole. ApiError: there are none. ClientLeft."""
-        stream = await self._begin(prompt, ids, params, timeout)
-        with api_errors():
+        name, stream = await self._begin(request, prompt, ids, params, timeout)
+        with self._traced(name), api_errors():
             return await while_connected(request, _collect(stream, params.n))
 
     async def _begin(
-        self, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
-    ) -> Deltas:
+        self, request: Request, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
+    ) -> tuple[str, Deltas]:
+        """Return the engine's name of a request, and what comes of it once it is read."""
         if not ids:
             raise ApiError(400, "the prompt has no tokens", code="invalid_value")
         asked = len(ids) + (params.max_tokens or 1)
@@ -134,7 +142,20 @@ class Service:
             logger.info("prompt %r", prompt if prompt is not None else list(ids))
         limits = [limit for limit in (timeout, self.options.request_timeout) if limit is not None]
         deadline = time.monotonic() + min(limits) if limits else None
-        return self.engine.generate(uuid.uuid4().hex, ids, params, prompt=prompt, deadline=deadline)
+        name = uuid.uuid4().hex
+        if self._tracing is not None:
+            self._tracing.begin(name, request.url.path, request.headers, params, len(ids))
+        return name, self.engine.generate(name, ids, params, prompt=prompt, deadline=deadline)
+
+    @contextlib.contextmanager
+    def _traced(self, name: str) -> Iterator[None]:
+        """End the span of a request that comes to nothing before the engine has it."""
+        try:
+            yield
+        except ApiError as error:
+            if self._tracing is not None:
+                self._tracing.refused(name, error.code or str(error.status))
+            raise
 
 
 @contextlib.contextmanager
