@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -127,6 +128,16 @@ def test_seeds_repeat_and_answers_differ(client: OpenAI, model: str) -> None:
     assert texts(1) == texts(1)
     assert texts(1) != texts(2)
     assert len(set(texts(1))) > 1
+
+
+def test_answers_do_not_depend_on_who_else_asks(client: OpenAI, model: str) -> None:
+    def ask(i: int) -> str:
+        prompt = "import os\n" * (1 + 7 * i)
+        return client.completions.create(model=model, prompt=prompt, max_tokens=30, seed=i, top_p=0.95).choices[0].text
+
+    alone = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as clients:
+        assert list(clients.map(ask, range(8))) == alone
 
 
 def test_stop_ends_before_its_text(client: OpenAI, model: str) -> None:

@@ -15,9 +15,10 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from ktcompile.engine.outputs import FinishReason
+from ktcompile.engine.protocols import EngineLike, Observer
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.log import logger
 
@@ -26,42 +27,6 @@ if TYPE_CHECKING:
 
 # Steps that fail one after the other before the engine is given up.
 _FAILURES = 3
-
-
-class EngineLike(Protocol):
-    """What is used of `ktcompile.engine.engine.Engine`. What changes is called by one thread."""
-
-    model_name: str
-    tokenizer: Any
-    max_model_len: int
-    vocab_size: int
-
-    @property
-    def has_requests(self) -> bool: ...
-    def add(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        prompt: str | None = None,
-        deadline: float | None = None,
-    ) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def step(self) -> Sequence[Delta]: ...
-    def stats(self) -> EngineStats: ...
-
-
-class Observer(Protocol):
-    """Is told what happens, on the thread of the engine, and must be quick. Times are those of time.monotonic.
-
-    added: a request that was taken; arrival: when it was asked for. stepped: a step that took `seconds` ended.
-    dropped: a request will have no more deltas, since it was aborted or its step failed.
-    """
-
-    def added(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> None: ...
-    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, seconds: float) -> None: ...
-    def dropped(self, request_id: str, reason: FinishReason) -> None: ...
 
 
 class Health(enum.Enum):

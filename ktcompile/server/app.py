@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ktcompile import __version__
-from ktcompile.engine.async_engine import EngineLike, Health
+from ktcompile.engine.async_engine import Health
+from ktcompile.engine.protocols import EngineLike
 from ktcompile.runtime.metrics import ExpertMetrics
 from ktcompile.server import chat, completions, responses
 from ktcompile.server.errors import ApiError, json_response, of_validation

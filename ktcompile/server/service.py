@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 
-from ktcompile.engine.async_engine import AsyncEngine, EngineLike, StepError, UnavailableError
+from ktcompile.engine.async_engine import AsyncEngine, StepError, UnavailableError
 from ktcompile.engine.outputs import FinishReason, Logprobs
+from ktcompile.engine.protocols import EngineLike
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.engine.structured import Grammar
 from ktcompile.log import logger

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ktcompile.engine.async_engine import EngineLike
+from ktcompile.engine.protocols import EngineLike
 from ktcompile.server.app import create_app
 from ktcompile.server.options import ServerOptions
 from ktcompile.server.run import bind, in_thread, url_of
