@@ -308,7 +308,9 @@ class Opcode(enum.Enum):
 
     concat = 19
 
-    index_copy = 20
+    index_select = 20
+
+    index_copy = 21
 
 class Program:
     """Operations that run without Python, native/include/kt/program.h."""

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ktcompile.scheduler.batch import Chunk, Step
+from ktcompile.scheduler.batch import Step
 
 
 class StepTensors(NamedTuple):
-    """The inputs whose number changes from step to step, each of its own memory.
+    """The inputs whose number changes from step to step.
 
     rows: of which tokens the logits are wanted. places: chunk i has the logits [places[i], places[i + 1]).
     """
@@ -50,32 +50,28 @@ class StepInputs:
         Shapes are those of two graphs: of one token with its logits, and of two tokens and rows or more. Rows that
         nobody asked for are behind all others, and the same as the last.
         """
-        chunks = step.chunks
+        size = self._block_size
         ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
         rows: list[int] = []
         places = [0]
-        for i, chunk in enumerate(chunks):
-            rows += range(len(ids) + chunk.logits_from - chunk.begin, len(ids) + len(chunk.token_ids))
+        starts, lengths = self._starts, self._lengths
+        for i, chunk in enumerate(step.chunks):
+            before, table = len(ids), chunk.block_table
+            rows += range(before + chunk.logits_from - chunk.begin, before + len(chunk.token_ids))
             places.append(len(rows))
             ids += chunk.token_ids
-            self._starts[i + 1] = len(ids)
-            self._lengths[i] = chunk.end
-            if self._written[i] != chunk.block_table:
-                self._table_BW[i, : len(chunk.block_table)] = chunk.block_table
-                self._written[i] = chunk.block_table
-        self._starts[len(chunks) + 1 :] = len(ids)
-        self._lengths[len(chunks) :] = 0
-        positions, slots = self._places(chunks)
+            positions += range(chunk.begin, chunk.end)
+            slots += [table[p // size] * size + p % size for p in range(chunk.begin, chunk.end)]
+            starts[i + 1], lengths[i] = len(ids), chunk.end
+            if self._written[i] != table:
+                self._table_BW[i, : len(table)] = table
+                self._written[i] = table
+        starts[len(step.chunks) + 1 :] = len(ids)
+        lengths[len(step.chunks) :] = 0
         least = min(2, len(ids))
         rows += rows[-1:] * (least - len(rows)) if rows else [len(ids) - 1] * least
-        token_ids = torch.tensor(ids)
-        return StepTensors(
-            token_ids[None], torch.from_numpy(positions)[None], torch.from_numpy(slots), torch.tensor(rows), places
-        )
-
-    def _places(self, chunks: tuple[Chunk, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the position and the slot of each token."""
-        positions = np.concatenate([np.arange(chunk.begin, chunk.end) for chunk in chunks])
-        sequences = np.repeat(np.arange(len(chunks)), [len(chunk.token_ids) for chunk in chunks])
-        blocks = self._table_BW[sequences, positions // self._block_size].astype(np.int64)
-        return positions, blocks * self._block_size + positions % self._block_size
+        of_tokens = torch.from_numpy(np.array((ids, positions, slots), dtype=np.int64))
+        of_rows = torch.from_numpy(np.array(rows, dtype=np.int64))
+        return StepTensors(of_tokens[0:1], of_tokens[1:2], of_tokens[2], of_rows, places)

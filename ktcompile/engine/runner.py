@@ -27,6 +27,7 @@ from ktcompile.scheduler.batch import Chunk, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_GIVEN = frozenset({"input_ids", "position_ids", "slot_mapping", "rows"})
 # Where neither the model nor an option says.
 _LONGEST = 32768
 
@@ -98,6 +99,7 @@ class ModelRunner:
             "weights": "take",
             "weight_format": options.weight_format,
             "dense_format": options.dense_format,
+            "guard_filter_fn": _guards_of_steps,
         }
         compiled: Callable[..., Tensor] = torch.compile(
             _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
@@ -130,6 +132,12 @@ class ModelRunner:
             )
         if not options.eager:
             warn_once(f"{name} rounds a token's logits otherwise in other company (relative error {error:.2g})")
+
+
+def _guards_of_steps(guards: Sequence[Any]) -> list[bool]:
+    """Return which of Dynamo's guards are looked at in each step: those of what a step is given. The model is the
+    engine's own, and looking at all of its modules takes 0.2 ms a layer."""
+    return [g.guard_type == "SHAPE_ENV" or g.name in _GIVEN for g in guards]
 
 
 def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

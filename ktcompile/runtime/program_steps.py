@@ -299,9 +299,17 @@ def _getitem(b: Builder, node: fx.Node) -> None:
             d += 1
         elif isinstance(item, int) and not isinstance(item, bool):
             (array,) = b.step(Opcode.select, [array], [(d, -1), (item, -1)])
+        elif isinstance(item, fx.Node) and _is_list_of_places(item) and sum(isinstance(i, fx.Node) for i in items) == 1:
+            (array,) = b.step(Opcode.index_select, [array, b.array(item)], [(d, -1)])
+            d += 1
         else:
             raise UnsupportedError("an index of another kind")
     b.are(node, [array])
+
+
+def _is_list_of_places(node: fx.Node) -> bool:
+    value = _tensor(node)
+    return value.dtype is torch.int64 and value.dim() == 1
 
 
 def _linear(b: Builder, node: fx.Node) -> None:

@@ -99,6 +99,7 @@ void bind_program(nb::module_& m) {
       .value("top_k", kt::opcode::top_k)
       .value("row_sum", kt::opcode::row_sum)
       .value("concat", kt::opcode::concat)
+      .value("index_select", kt::opcode::index_select)
       .value("index_copy", kt::opcode::index_copy);
   nb::class_<bound_program>(m, "Program", "Operations that run without Python, native/include/kt/program.h.")
       .def(nb::init<std::vector<kt::element>>(), "arguments"_a)

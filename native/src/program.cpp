@@ -290,6 +290,7 @@ struct program::call {
   void compute_elementwise(const step& s);
   void compute_rows(const step& s);
   void concat(const step& s);
+  void index_select(const step& s);
   void index_copy(const step& s);
 };
 
@@ -686,6 +687,22 @@ void program::call::concat(const step& s) {
   }
 }
 
+void program::call::index_select(const step& s) {
+  const array& a = in(s, 0);
+  const array indices = dense(s, in(s, 1));
+  const int d = dimension(a, number(s, 0));
+  if (indices.type != element::i64 || indices.rank != 1) fail("indices are of another kind");
+  const auto* at = reinterpret_cast<const std::int64_t*>(indices.data);
+  array shape = a;
+  shape.shape[d] = indices.shape[0];
+  const array b = place(s, 0, a.type, shape.shape, shape.rank);
+  for (std::int64_t i = 0; i < indices.shape[0]; ++i) {
+    const std::int64_t from = at[i] < 0 ? at[i] + a.shape[d] : at[i];
+    if (from < 0 || from >= a.shape[d]) fail("index " + std::to_string(at[i]) + " of " + std::to_string(a.shape[d]));
+    copy(c, sliced(a, d, from, from + 1), sliced(b, d, i, i + 1));
+  }
+}
+
 void program::call::index_copy(const step& s) {
   const array into = in(s, 0), indices = dense(s, in(s, 1)), from = in(s, 2);
   const int d = dimension(into, number(s, 0));
@@ -780,6 +797,7 @@ void program::call::run(const step& s) {
     case opcode::top_k:
     case opcode::row_sum: return compute_rows(s);
     case opcode::concat: return concat(s);
+    case opcode::index_select: return index_select(s);
     case opcode::index_copy: return index_copy(s);
   }
 }

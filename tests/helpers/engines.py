@@ -82,3 +82,8 @@ def check_empty(engine: Engine) -> None:
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_blocks == stats.num_blocks and stats.kv_usage == 0
     engine._pool.check()
+
+
+def memory_of(engine: Engine, positions: int) -> int:
+    """Return the bytes of keys and values of so many positions."""
+    return engine._runner.kv_bytes * positions // (engine.stats().num_blocks * SMALL["block_size"])

@@ -74,12 +74,13 @@ enum class opcode : std::uint8_t {
   cached_attention,  // in: blocks of keys, of values, perhaps their scales; query, key, value; slots, block table,
                      // lengths, query starts, perhaps sinks. Keys and values are stored first. n: window or 0, which of
                      // scales (1) and sinks (2) there are. x: scale or 0, softcap or 0
-  elementwise,  // in: a and perhaps b, of which each row has as many elements or one. n: element_op, element of out
-  softmax,      // in: x; over the last dimension, to f32
-  top_k,        // in: x, f32. n: k. out: values, ids, descending; of equal ones the first
-  row_sum,      // in: x, f32; over the last dimension, which stays with size 1
-  concat,       // in: all. n: dimension
-  index_copy,   // in: into, indices, from. n: dimension. `into` is written to
+  elementwise,   // in: a and perhaps b, of which each row has as many elements or one. n: element_op, element of out
+  softmax,       // in: x; over the last dimension, to f32
+  top_k,         // in: x, f32. n: k. out: values, ids, descending; of equal ones the first
+  row_sum,       // in: x, f32; over the last dimension, which stays with size 1
+  concat,        // in: all. n: dimension
+  index_select,  // in: x, indices. n: dimension
+  index_copy,    // in: into, indices, from. n: dimension. `into` is written to
 };
 
 struct result {
