@@ -1,4 +1,4 @@
-"""The engine: what it gives, refuses and survives. Numbers are those of an uncompiled model where they do not matter."""
+"""The engine: what it gives, refuses and survives. Where numbers do not matter the model is not compiled."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def test_answers_come_step_by_step(engine: Engine) -> None:
         deltas.append(engine.step())
     assert [len(step) for step in deltas] == [2] * 5
     first = [step[0] for step in deltas]
-    assert all(delta.logprobs and list(delta.logprobs[0])[0] == delta.token_ids[0] for delta in first)
+    assert all(delta.logprobs and next(iter(delta.logprobs[0])) == delta.token_ids[0] for delta in first)
     assert [delta.finish_reason for delta in first] == [None] * 4 + ["length"]
     assert first[0].prompt_logprobs is not None and first[0].prompt_logprobs[0] is None
-    assert [list(p)[0] for p in first[0].prompt_logprobs[1:] if p] == [2, 3]
+    assert [next(iter(p)) for p in first[0].prompt_logprobs[1:] if p] == [2, 3]
     assert all(delta.prompt_logprobs is None for delta in (*first[1:], *(step[1] for step in deltas)))
     assert engine.step() == []
     check_empty(engine)
