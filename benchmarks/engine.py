@@ -17,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ktcompile.engine.detokenizer import IncrementalText
+from ktcompile.engine.engine import Engine
+from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.sampler import SamplingState, sample
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.kv.block_pool import BlockPool
@@ -49,6 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     figures = sampling(args.rows, args.vocabulary) | scheduling(args.rows, args.context) | text(args.rows)
+    figures |= whole_step(args.rows, args.vocabulary)
     for name, milliseconds in figures.items():
         print(f"{name:40} {milliseconds:8.3f} ms")
     if args.json:
@@ -101,6 +105,23 @@ def text(rows: int) -> dict[str, float]:
             pieces.add(token)
 
     return {f"text, {rows} tokens": least(all_tokens) * rows / (len(ids) - 20)}
+
+
+def whole_step(rows: int, vocabulary: int) -> dict[str, float]:
+    """Return the time of a step in which all sequences decode greedily, of a model that takes none."""
+    config = Qwen3MoeConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        eos_token_id=None,
+    )  # fmt: skip
+    options = EngineOptions(max_num_seqs=max(2, rows), eager=True, kv_cache_memory=1 << 24)
+    engine = Engine.of_model(Qwen3MoeForCausalLM(config).eval(), load_tokenizer(locate(None)), options)
+    for row in range(rows):
+        engine.add(str(row), range(100), SamplingParams(1000, 0.0))
+    engine.step()
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
+    engine._runner._forward = lambda *_: logits
+    return {f"a step beside the model, {rows} sequences": least(engine.step, 300)}
 
 
 def least(call: Callable[[], object], calls: int = 60) -> float:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from ktcompile import openmp, ops  # noqa: F401  (openmp first: it loads torch)
 from ktcompile.graph.report import CompileReport, compile_reports
-from ktcompile.models import hf_attention, hf_experts
+from ktcompile.models import hf_attention, hf_experts, hf_paged
 from ktcompile.ops import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from ktcompile.engine.llm import LLM
     from ktcompile.engine.outputs import CompletionOutput, RequestOutput
-    from ktcompile.engine.sampling_params import SamplingParams
+    from ktcompile.engine.sampling_params import SamplingParams, StructuredOutputsParams
     from ktcompile.models.load import load
     from ktcompile.models.placed import expert_metrics
 
@@ -29,6 +29,7 @@ __all__ = [
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "compile_reports",
     "expert_metrics",
     "get_num_threads",
@@ -43,12 +44,14 @@ _LAZY = {
     "CompletionOutput": "ktcompile.engine.outputs",
     "RequestOutput": "ktcompile.engine.outputs",
     "SamplingParams": "ktcompile.engine.sampling_params",
+    "StructuredOutputsParams": "ktcompile.engine.sampling_params",
     "expert_metrics": "ktcompile.models.placed",
     "load": "ktcompile.models.load",
 }
 
 hf_experts.register()
 hf_attention.register()
+hf_paged.register()
 
 
 def __getattr__(name: str) -> object:

@@ -246,6 +246,10 @@ class Element(enum.Enum):
 
     boolean = 4
 
+    i32 = 5
+
+    i8 = 6
+
 class ElementOp(enum.Enum):
     copy = 0
 
@@ -294,17 +298,21 @@ class Opcode(enum.Enum):
 
     attention = 13
 
-    elementwise = 14
+    cached_attention = 14
 
-    softmax = 15
+    elementwise = 15
 
-    top_k = 16
+    softmax = 16
 
-    row_sum = 17
+    top_k = 17
 
-    concat = 18
+    row_sum = 18
 
-    index_copy = 19
+    concat = 19
+
+    index_select = 20
+
+    index_copy = 21
 
 class Program:
     """Operations that run without Python, native/include/kt/program.h."""

@@ -25,6 +25,7 @@ _LINEAR = torch._C._nn.linear
 # them, choose by small differences.
 _FEWEST_FEATURES = 512
 _ARGUMENTS = ("input", "weight", "bias")
+_CASTS = ("type", "to", "float")
 
 
 class _Layer(NamedTuple):
@@ -60,6 +61,9 @@ def pack_linear(
             positions = tuple(None if n is None else placeholders.index(n) for n in parts)
             handle = add_packed_input(gm, f"packed_linear_{number}", PackedInput(positions, spec))
             _replace(gm, x, layers, handle)
+        for node in reversed(gm.graph.nodes):
+            if node.op == "call_method" and node.target in _CASTS and not node.users:
+                gm.graph.erase_node(node)
         return sum(map(len, together.values()))
 
     return run
@@ -70,7 +74,7 @@ def _layer(node: fx.Node, values: dict[fx.Node, object]) -> _Layer | None:
     if node.target is not _LINEAR:
         return None
     given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
-    x, weight, bias = (given.get(name) for name in _ARGUMENTS)
+    x, weight, bias = given.get("input"), *(_source(given.get(name)) for name in _ARGUMENTS[1:])
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node):
         return None
     for part in (weight, bias):
@@ -80,6 +84,16 @@ def _layer(node: fx.Node, values: dict[fx.Node, object]) -> _Layer | None:
     if len(weight.meta["example_value"].shape) != 2:
         return None
     return _Layer(node, x, weight, bias if isinstance(bias, fx.Node) else None)
+
+
+def _source(x: object) -> object:
+    """Return what `x` is as fp32, as routers have their weights: the kernels compute with rows of fp32 in fp32."""
+    while isinstance(x, fx.Node) and x.op == "call_method" and x.target in _CASTS:
+        wanted = [*x.args[1:], *x.kwargs.values()]
+        if wanted != ([] if x.target == "float" else [torch.float32]):
+            break
+        x = x.args[0]
+    return x
 
 
 def _can_be_packed(value: torch.Tensor) -> bool:

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers.processes import run_python
+
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
@@ -48,6 +50,13 @@ def test_no_module_imports_a_lower_layer() -> None:
 def test_every_part_has_a_layer() -> None:
     parts = {name.split(".")[1] for name, _ in modules()} - {"__init__"}
     assert parts <= set(RANK), f"not in LAYERS: {parts - set(RANK)}"
+
+
+def test_the_command_line_needs_no_server() -> None:
+    """What the extra `serve` brings is imported by the commands that serve, when they run."""
+    extra = {"fastapi", "llguidance", "orjson", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+    program = f"import ktcompile.cli, ktcompile.engine.llm, sys; print(sorted({extra} & set(sys.modules)))"
+    assert run_python(program).strip() == "[]"
 
 
 def test_a_violation_is_found() -> None:

@@ -12,7 +12,8 @@ from helpers.text_model import byte_level_tokenizer, save_model
 
 import ktcompile
 from ktcompile.engine import llm as engine
-from ktcompile.engine.generate import CachedModel, generate
+from ktcompile.engine.generate import generate
+from ktcompile.engine.runner import ModelRunner
 from ktcompile.plan.profile import Phase, RoutingProfile
 from ktcompile.plan.trace import Trace
 
@@ -31,12 +32,18 @@ def llm(folder):
     return ktcompile.LLM(folder)
 
 
+@pytest.fixture(scope="module")
+def stock(folder):
+    """The same model, which is called as it is."""
+    return ktcompile.load(folder)
+
+
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
-def test_an_answer_is_what_the_model_generates(llm):
+def test_an_answer_is_what_the_model_generates(llm, stock):
     ids = byte_level_tokenizer()(PROMPT)["input_ids"]
-    expected = list(generate(llm.model, ids, 12))
+    expected = list(generate(stock, ids, 12))
     (request,) = llm.generate(PROMPT, GREEDY)
     assert (request.prompt, request.prompt_token_ids, request.finished) == (PROMPT, ids, True)
     (answer,) = request.outputs
@@ -118,14 +125,14 @@ def test_an_end_token_is_ignored_where_it_is_asked(llm, monkeypatch):
     assert full.token_ids[4] not in later.token_ids[:6] and len(later.token_ids) > 6
 
 
-def test_logprobs_are_those_of_the_model(llm):
+def test_logprobs_are_those_of_the_model(llm, stock):
     params = ktcompile.SamplingParams(4, 0.0, logprobs=2, prompt_logprobs=0)
     (request,) = llm.generate(PROMPT, params)
     (answer,) = request.outputs
     assert answer.token_ids == llm.generate(PROMPT, GREEDY)[0].outputs[0].token_ids[:4]
     ids = request.prompt_token_ids + answer.token_ids
     with torch.no_grad():
-        expected = llm.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = stock(torch.tensor([ids])).logits[0].log_softmax(-1)
     assert request.prompt_logprobs[0] is None and len(request.prompt_logprobs) == len(request.prompt_token_ids)
     given = [*request.prompt_logprobs[1:], *answer.logprobs]
     for row, token, found in zip(expected, ids[1:], given, strict=False):
@@ -147,8 +154,10 @@ def test_a_bias_is_of_a_token_of_the_model(llm):
 
 def test_two_sides_answer_as_one_does(folder, llm):
     two = ktcompile.LLM(folder, **HALF)
+    before = [layer.activity.calls for layer in two.expert_metrics().layers]
     assert two.generate(PROMPT, GREEDY)[0].outputs == llm.generate(PROMPT, GREEDY)[0].outputs
-    assert all(layer.resident and layer.activity.calls == 12 for layer in two.expert_metrics().layers)
+    layers = two.expert_metrics().layers
+    assert all(layer.resident and layer.activity.calls == b + 12 for layer, b in zip(layers, before, strict=True))
     with pytest.raises(ValueError, match="no experts on a device"):
         llm.expert_metrics()
 
@@ -166,18 +175,20 @@ def test_a_profile_is_added_to_and_a_trace_is_written(folder, tmp_path):
 def test_what_was_recorded_is_kept_when_it_is_interrupted(folder, tmp_path, monkeypatch):
     trace = tmp_path / "trace.npz"
     model = ktcompile.LLM(folder, record_routing=trace)
-    passes, logits = [], CachedModel.__call__
+    steps, run = [], ModelRunner.run
 
-    def interrupted(run, token_ids, **options):
-        passes.append(len(token_ids))
-        if len(passes) == 3:
+    def interrupted(runner, step):
+        steps.append(step)
+        if len(steps) == 3:
             raise KeyboardInterrupt
-        return logits(run, token_ids, **options)
+        return run(runner, step)
 
-    monkeypatch.setattr(CachedModel, "__call__", interrupted)
+    monkeypatch.setattr(ModelRunner, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.generate(PROMPT)
     assert Trace.load(trace).num_steps == 2
+    monkeypatch.undo()
+    assert model.generate(PROMPT, GREEDY)[0].finished, "the interrupted step is in the way"
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,23 @@ def test_a_row_does_not_depend_on_the_others():
         assert_exact(run(x[begin:end]), whole[begin:end])
 
 
+@pytest.mark.parametrize("cast", [lambda x: x.type(torch.float32), lambda x: x.float(), lambda x: x.to(torch.float32)])
+def test_a_weight_that_is_used_in_fp32_is_packed_as_it_is_stored(cast, monkeypatch):
+    module = Attention(torch.bfloat16).q
+    seen = packed_layers(monkeypatch)
+
+    def router(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(cast(x), cast(module.weight))
+
+    with torch.no_grad():
+        run = torch.compile(router, backend="kt", dynamic=True, options=OPTIONS)
+        x = torch.randn(9, 24, generator=torch.Generator().manual_seed(2)).bfloat16()
+        out = run(x)
+        assert len(seen) == 1 and out.dtype == torch.float32
+        assert_reduction(out, x.double() @ module.weight.double().T, 24)
+        assert_exact(run(x[2:5]), out[2:5], "fewer rows")
+
+
 def test_weights_that_are_written_to_are_packed_again(monkeypatch):
     made = packed_layers(monkeypatch)
     module = Attention()

@@ -120,6 +120,23 @@ def test_what_is_written_is_read_after_it_and_not_before(parts: Parts) -> None:
     assert parts.calls
 
 
+def chosen(x: Tensor, at: Tensor) -> Any:
+    y = x * 2
+    return y[:, at, :] + 1, y[at], y[..., at].transpose(0, 1)
+
+
+def test_places_are_chosen_by_number(parts: Parts) -> None:
+    for at in ([3, 0, -1, 3], [2]):
+        check(chosen, random(4, 5, 6), torch.tensor(at))
+    assert parts.calls == 2
+
+
+def test_a_place_that_is_not_there_is_refused() -> None:
+    compiled = torch.compile(chosen, backend="kt", fullgraph=True, options={"inner": "program"})
+    with torch.no_grad(), pytest.raises(ValueError, match="index 4 of 4"):
+        compiled(random(4, 5, 6), torch.tensor([4]))
+
+
 def test_an_index_that_is_out_of_range_is_refused() -> None:
     compiled = torch.compile(cached, backend="kt", options={"inner": "program"})
     with torch.no_grad(), pytest.raises(ValueError, match="index 6 of 6"):

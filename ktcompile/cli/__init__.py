@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 
 from ktcompile import __version__
-from ktcompile.cli import bench, doctor, generate, pack, plan, simulate
+from ktcompile.cli import bench, chat, doctor, generate, pack, plan, serve, simulate
 
-_COMMANDS = (generate, plan, pack, doctor, bench, simulate)
+_COMMANDS = (generate, chat, serve, plan, pack, doctor, bench, simulate)
 # Other libraries' errors may list everything that they know.
 _LONGEST_ERROR = 800
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ktc",
         description="Run Mixture-of-Experts models on ordinary machines.",
         epilog="examples:\n  ktc doctor\n  ktc plan --hardware laptop\n  ktc generate 'def fibonacci(n):'\n"
-        "  ktc pack --list\n  ktc bench kernels --quick\n  ktc simulate --synthetic drift\n\n"
+        "  ktc serve\n  ktc pack --list\n  ktc bench kernels --quick\n  ktc simulate --synthetic drift\n\n"
         "'ktc COMMAND --help' describes a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,6 +10,7 @@ from ktcompile.engine.outputs import CompletionOutput, FinishReason, Logprobs
 from ktcompile.engine.sampler import Sampled, SamplingState
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.engine.stop_texts import StopTexts
+from ktcompile.engine.structured import Grammar
 
 
 class Completion:
@@ -29,7 +30,8 @@ class Completion:
         index: int = 0,
     ) -> None:
         ends = frozenset(() if params.ignore_eos else end_tokens)
-        self.state = SamplingState(params, prompt_ids, ends, stream=index)
+        grammar = None if params.structured_outputs is None else Grammar(params.structured_outputs, tokenizer)
+        self.state = SamplingState(params, prompt_ids, ends, stream=index, grammar=grammar)
         self._params = params
         self._tokenizer = tokenizer
         self._ends = ends
@@ -43,7 +45,7 @@ class Completion:
         self._logprobs: list[Logprobs] = []
         self._cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
-        self._stop_reason: int | str | None = None
+        self.stop_reason: int | str | None = None
 
     def add(self, sampled: Sampled) -> str:
         """Take the next token, and return the text that is sure with it: no later one changes it or ends before it."""
@@ -60,9 +62,16 @@ class Completion:
             self._end("stop", None if token in self._ends else token)
         else:
             self._take(self._incremental.add(token), may_stop)
+            if self.finish_reason is None and self.state.grammar is not None and self.state.grammar.ended:
+                self._end("stop")
             if self.finish_reason is None and len(self._token_ids) == self._limit:
                 self._end("length")
         return "".join(self._pieces[before:])
+
+    @property
+    def last_logprobs(self) -> list[Logprobs] | None:
+        """Those of the newest token, one; None: they were not asked for."""
+        return self._logprobs[-1:] if self._params.logprobs is not None else None
 
     def end(self, reason: FinishReason) -> str:
         """End an answer that has not ended by itself, and return the text that was held back."""
@@ -81,7 +90,7 @@ class Completion:
             cumulative_logprob=self._cumulative_logprob if asked else None,
             logprobs=self._logprobs.copy() if asked else None,
             finish_reason=self.finish_reason,
-            stop_reason=self._stop_reason,
+            stop_reason=self.stop_reason,
         )
 
     def _take(self, text: str, may_stop: bool) -> None:
@@ -92,7 +101,7 @@ class Completion:
         self._pieces.append(sure)
         if stop is not None:
             self._pieces += [stop] if self._params.include_stop_str_in_output else []
-            self.finish_reason, self._stop_reason = "stop", stop
+            self.finish_reason, self.stop_reason = "stop", stop
 
     def _end(self, reason: FinishReason, stop_reason: int | None = None) -> None:
         """Pass on what is held back, unless it completes a stop text."""
@@ -100,7 +109,7 @@ class Completion:
             self._take(self._incremental.end(), may_stop=len(self._token_ids) > self._params.min_tokens)
         if self.finish_reason is None:
             self._pieces.append(self._stops.end())
-            self.finish_reason, self._stop_reason = reason, stop_reason
+            self.finish_reason, self.stop_reason = reason, stop_reason
 
     def _note_logprobs(self, token: int, logprobs: Logprobs) -> None:
         self._cumulative_logprob += logprobs[token].logprob

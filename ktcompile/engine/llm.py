@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ktcompile.config import DeviceOptions
-from ktcompile.engine.completion import Completion, with_texts
-from ktcompile.engine.generate import CachedModel, end_tokens, token_limit
-from ktcompile.engine.outputs import CompletionOutput, Logprobs, RequestOutput
-from ktcompile.engine.sampler import prompt_logprobs, sample
+from ktcompile.engine.alone import answer_alone
+from ktcompile.engine.collected import Collected
+from ktcompile.engine.engine import Engine
+from ktcompile.engine.options import EngineOptions
+from ktcompile.engine.outputs import RequestOutput
+from ktcompile.engine.probe import UnsupportedModelError
 from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.log import logger
 from ktcompile.models import hf_experts, placed
 from ktcompile.models.load import load, locate
 from ktcompile.models.packed_cache import AUTO
@@ -25,36 +27,48 @@ from ktcompile.runtime.recording import Recording
 
 # A text, {"prompt": text}, or {"prompt_token_ids": [...]}.
 Prompt = str | Mapping[str, Any]
+_Tokens = tuple[str | None, list[int]]  # the text of a prompt, if it has one, and its tokens
+
+# All prompts of a call wait at once.
+_UNBOUNDED = {"max_queued_requests": sys.maxsize, "max_queued_tokens": sys.maxsize}
 
 
 class LLM:
     """A model that is ready to answer.
 
-    model: a directory or a hub id; None: the small model of the package. weight_format: of its experts. packed_cache:
-    as for `ktcompile.load`.
-    record_routing: a file for the trace of what its routers choose. device_options: fields of
-    `ktcompile.config.DeviceOptions`; the file of routing_profile need not exist, and what routers choose is added to
-    it. Both files are written at the end of each `generate`. Errors are those of `ktcompile.load`.
+    model: a directory or a hub id; None: the small model of the package. packed_cache: as for `ktcompile.load`.
+    record_routing: a file for the trace of what its routers choose. options: fields of
+    `ktcompile.engine.options.EngineOptions`, as weight_format, max_num_seqs, kv_format and device; the file of
+    routing_profile need not exist, and what routers choose is added to it. Both files are written at the end of each
+    `generate`, whose prompts are then computed one after the other. So are they where the engine cannot run the model.
+    `model` serves its engine: its weights are packed, and plain calls of it read NaN. Errors are those of
+    `ktcompile.load`.
     """
 
     def __init__(
         self,
         model: str | Path | None = None,
         *,
-        weight_format: str = "auto",
         packed_cache: str | Path | None = AUTO,
         record_routing: str | Path | None = None,
-        **device_options: Any,
+        **options: Any,
     ) -> None:
-        options = DeviceOptions.of_keywords(device_options, "ktcompile.LLM")
+        given = EngineOptions.of_keywords({**_UNBOUNDED, **options}, "ktcompile.LLM")
         trace = None if record_routing is None else Path(record_routing)
-        self._recording = Recording(trace, options.routing_profile)
+        self._recording = Recording(trace, given.routing_profile)
+        if trace is not None or given.routing_profile is not None:
+            given = replace(given, max_num_seqs=1)
         name = locate(model)
         self.tokenizer = load_tokenizer(name)
-        others = without_new_profile(options).device_options()
-        self.model = load(name, weight_format=weight_format, packed_cache=packed_cache, **others)
+        device = without_new_profile(given).device_options()
+        self.model = load(name, weight_format=given.weight_format, packed_cache=packed_cache, **device)
         self._recording.check(hf_experts.shape(self.model))
         self._numbers = itertools.count()
+        self._engine: Engine | None = None
+        try:
+            self._engine = Engine.of_model(self.model, self.tokenizer, given, name=name)
+        except UnsupportedModelError as error:
+            logger.warning("prompts are computed one after the other: %s", error)
 
     def generate(
         self,
@@ -73,7 +87,9 @@ class LLM:
             each.check_vocabulary(self._vocabulary)
         try:
             with self._recording.running():
-                return [self._answers(*request, p) for request, p in zip(requests, params, strict=True)]
+                if self._engine is not None:
+                    return self._answers(self._engine, requests, params)
+                return [self._answer_alone(*request, p) for request, p in zip(requests, params, strict=True)]
         finally:
             self._recording.save()
 
@@ -85,8 +101,7 @@ class LLM:
     def _vocabulary(self) -> int:
         return self.model.get_input_embeddings().get_parameter("weight").shape[0]
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Return the text of a prompt, if it has one, and its tokens."""
+    def _tokens_of(self, prompt: Prompt) -> _Tokens:
         text: object = prompt if isinstance(prompt, str) else prompt.get("prompt")
         if isinstance(text, str):
             return text, token_ids(self.tokenizer, text)
@@ -100,29 +115,29 @@ class LLM:
             raise ValueError(f"prompt_token_ids has {wrong[0]}; the model's tokens are 0 to {size - 1}")
         return None, ids
 
-    def _answers(self, prompt: str | None, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
-        """Return a prompt with its answers, one after the other."""
-        limit, ends = token_limit(self.model, prompt_ids, params.max_tokens), end_tokens(self.model)
-        answers: list[CompletionOutput] = []
-        of_prompt: list[Logprobs | None] | None = None
-        for index in range(params.n):
-            completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
-            run = CachedModel(self.model)
-            logits = run(prompt_ids, all_logits=params.prompt_logprobs is not None)
-            if params.prompt_logprobs is not None and of_prompt is None:
-                of_prompt = self._prompt_logprobs(logits, prompt_ids, params.prompt_logprobs)
-            while True:
-                (sampled,) = sample(logits[-1:], [completion.state])
-                completion.add(sampled)
-                if completion.finish_reason is not None:
-                    break
-                logits = run([sampled.token_id])
-            answers.append(completion.output())
-        return RequestOutput(str(next(self._numbers)), prompt, prompt_ids, answers, True, prompt_logprobs=of_prompt)
+    def _answers(
+        self, engine: Engine, requests: Sequence[_Tokens], params: Sequence[SamplingParams]
+    ) -> list[RequestOutput]:
+        """Return prompts with their answers, which are computed together."""
+        collected: dict[str, Collected] = {}
+        try:
+            for (prompt, prompt_ids), each in zip(requests, params, strict=True):
+                request_id = str(next(self._numbers))
+                engine.add(request_id, prompt_ids, each, prompt=prompt)
+                collected[request_id] = Collected(request_id, prompt, prompt_ids, each)
+            while engine.has_requests:
+                for delta in engine.step():
+                    collected[delta.request_id].add(delta)
+        finally:  # of a call that was interrupted nothing is left
+            for request_id in collected:
+                engine.abort(request_id)
+            if engine.has_requests:
+                engine.step()
+        return [each.output() for each in collected.values()]
 
-    def _prompt_logprobs(self, logits: Tensor, prompt_ids: list[int], count: int) -> list[Logprobs | None]:
-        found = prompt_logprobs(logits, prompt_ids, count)
-        return [None if logprobs is None else with_texts(self.tokenizer, logprobs) for logprobs in found]
+    def _answer_alone(self, prompt: str | None, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
+        answers, of_prompt = answer_alone(self.model, self.tokenizer, prompt_ids, params)
+        return RequestOutput(str(next(self._numbers)), prompt, prompt_ids, answers, True, prompt_logprobs=of_prompt)
 
 
 def _params_of_each(given: SamplingParams | Sequence[SamplingParams] | None, prompts: int) -> Sequence[SamplingParams]:

@@ -4,7 +4,7 @@ A row's result depends on its own logits, parameters, seed and number of tokens,
 is computed by itself, and its random number is a function of seed, stream and position. In this order, which is vLLM's:
 
 1. log-probabilities that are reported: of the logits as they are
-2. end tokens are excluded before min_tokens; logit_bias
+2. tokens that the grammar does not allow, and end tokens before min_tokens, are excluded; logit_bias
 3. repetition_penalty, frequency_penalty, presence_penalty
 4. temperature; 0 takes the likeliest token
 5. min_p, top_k, top_p, each of what the one before it left
@@ -29,6 +29,7 @@ from torch import Tensor
 from ktcompile.engine.outputs import Logprob, Logprobs
 from ktcompile.engine.philox import uniform
 from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.engine.structured import Grammar
 
 Row = NDArray[np.float64]
 Tokens = NDArray[np.int64]
@@ -54,16 +55,22 @@ class SamplingState:
     """What the next token of a sequence depends on apart from its logits: its parameters and what it has so far.
 
     end_tokens: the model's, if they end it. stream: of the random numbers of one seed; the number of the answer where
-    there are several.
+    there are several. grammar: of this sequence alone.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_tokens: Iterable[int] = (), stream: int = 0
+        self,
+        params: SamplingParams,
+        prompt_ids: Iterable[int] = (),
+        end_tokens: Iterable[int] = (),
+        stream: int = 0,
+        grammar: Grammar | None = None,
     ) -> None:
         self.params = params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.stream = stream
         self.num_tokens = 0
+        self.grammar = grammar
         self._ends = np.array(sorted({*params.stop_token_ids, *end_tokens}), dtype=np.int64)
         biases = params.logit_bias or {}
         self._biased = np.array(list(biases), dtype=np.int64)
@@ -77,6 +84,8 @@ class SamplingState:
     def add(self, token: int) -> None:
         """Note that the sequence has one more token."""
         self.num_tokens += 1
+        if self.grammar is not None:
+            self.grammar.add(token)
         if self._repeats:
             self._seen[token] = None
         if self._counted:
@@ -86,13 +95,20 @@ class SamplingState:
     def takes_largest(self) -> bool:
         """Whether the next token is the one with the largest logit, as logits come from the model."""
         changes = self._repeats or self._counted or self.num_tokens < self.params.min_tokens or len(self._biased)
+        changes = changes or self.grammar is not None
         return self.params.temperature == 0 and not changes
 
     def adjust(self, logits: Row) -> None:
         """Change a row by what does not depend on the other tokens' logits: steps 2 and 3."""
         params = self.params
+        if self.grammar is not None:
+            np.putmask(logits, ~self.grammar.allowed(len(logits)), -np.inf)
         if self.num_tokens < params.min_tokens:
-            logits[self._ends[self._ends < len(logits)]] = -np.inf
+            ends = self._ends[self._ends < len(logits)]
+            kept = logits[ends]
+            logits[ends] = -np.inf
+            if self.grammar is not None and logits.max() == -np.inf:
+                logits[ends] = kept  # the grammar allows nothing else
         logits[self._biased] += self._biases
         if self._repeats:
             seen = np.fromiter(self._seen, dtype=np.int64)

@@ -5,6 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """What an answer must look like; exactly one of these.
+
+    json: a JSON schema, as text or as what JSON makes of it. regex: a regular expression for all of it. choice: texts
+    of which it is one. grammar: in Lark's notation as llguidance reads it, or GBNF. json_object: any JSON object.
+
+    ValueError: none or several are given, or choice has no text.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(f"structured_outputs has {', '.join(given) or 'nothing'}; give one of {self.__slots__}")
+        if self.choice is not None and not (self.choice and all(self.choice)):
+            raise ValueError(f"choice of structured_outputs is {list(self.choice)}; give texts that are not empty")
+
+    @property
+    def kind(self) -> str:
+        """Which one is given."""
+        return next(name for name in self.__slots__ if getattr(self, name) not in (None, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +54,7 @@ class SamplingParams:
     it. ignore_eos: the model's end tokens do not end it. n: answers to give; the i-th draws from a stream i of the
     seed. logprobs: give with each token its log-probability and those of so many likeliest ones, before all of the
     above was applied; -1: of all. prompt_logprobs: the same of the prompt's tokens. skip_special_tokens: they have no
-    text.
+    text. structured_outputs: a grammar that the answer follows; it ends where the grammar does.
 
     ValueError: a value is out of its range.
     """
@@ -48,6 +78,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:

@@ -1,6 +1,7 @@
 """The operators of ktcompile, in the torch.library namespace "kt"."""
 
-import ktcompile.ops.split  # noqa: F401  (its operators)
+import ktcompile.ops.cached_attention
+import ktcompile.ops.split  # noqa: F401  (their operators)
 from ktcompile.ops.attention import attention, paged_attention
 from ktcompile.ops.experts import PackedExperts, pack_experts
 from ktcompile.ops.kv import KV_FORMATS, KVFormat, PagedKV, store_kv

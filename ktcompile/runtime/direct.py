@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ktcompile.ops.attention import run as run_attention
+from ktcompile.ops.cached_attention import run as run_cached_attention
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.linear import run as run_linear
@@ -49,4 +50,5 @@ _FUNCTIONS: dict[object, Callable[..., Any]] = {
     torch.ops.kt.add_rms_norm.default: run_add_norm,
     torch.ops.kt.rotary.default: run_rotary,
     torch.ops.kt.attention.default: run_attention,
+    torch.ops.kt.cached_attention.default: run_cached_attention,
 }

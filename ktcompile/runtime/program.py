@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ktcompile import _native
@@ -29,6 +30,8 @@ from ktcompile.runtime.program_steps import ELEMENTS, Builder, UnsupportedError,
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 # Fewer are not worth a call of their own.
 _FEWEST_STEPS = 3
+# But those whose elements torch computes otherwise at the end of a tensor, so by how many rows there are.
+_BY_PLACE = frozenset({torch.sigmoid, "sigmoid", F.silu, F.gelu})
 # Functions whose results may share the memory of their first argument; methods all may.
 _VIEWS = (
     *("getitem", "split", "chunk", "tensor_split", "unbind", "transpose", "swapaxes", "permute", "movedim", "t"),
@@ -54,7 +57,8 @@ def with_programs(gm: fx.GraphModule) -> fx.GraphModule:
     (output,) = (n for n in nodes if n.op == "output")
     for number in sorted({s for s in stages.values() if s is not None}):
         inside = [n for n in nodes if stages.get(n) == number]
-        if number % 2 and len(inside) >= _FEWEST_STEPS and (part := _part(inside)) is not None:
+        worth = len(inside) >= _FEWEST_STEPS or any(n.target in _BY_PLACE for n in inside)
+        if number % 2 and worth and (part := _part(inside)) is not None:
             _call(graph, part, values)
             continue
         for node in inside:

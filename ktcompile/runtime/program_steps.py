@@ -21,6 +21,8 @@ ELEMENTS = {
     torch.bfloat16: _native.Element.bf16,
     torch.int64: _native.Element.i64,
     torch.bool: _native.Element.boolean,
+    torch.int32: _native.Element.i32,
+    torch.int8: _native.Element.i8,
 }
 _MOST_DIMENSIONS = 6
 _END = 2**62  # of a slice that goes to the end
@@ -142,6 +144,8 @@ class Builder:
 def changes_memory(node: fx.Node) -> bool:
     """Return whether a node writes to what it is given."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is torch.ops.kt.cached_attention.default:
+        return True
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__")
     if node.target in _FRESH_IN_PLACE:
@@ -295,9 +299,17 @@ def _getitem(b: Builder, node: fx.Node) -> None:
             d += 1
         elif isinstance(item, int) and not isinstance(item, bool):
             (array,) = b.step(Opcode.select, [array], [(d, -1), (item, -1)])
+        elif isinstance(item, fx.Node) and _is_list_of_places(item) and sum(isinstance(i, fx.Node) for i in items) == 1:
+            (array,) = b.step(Opcode.index_select, [array, b.array(item)], [(d, -1)])
+            d += 1
         else:
             raise UnsupportedError("an index of another kind")
     b.are(node, [array])
+
+
+def _is_list_of_places(node: fx.Node) -> bool:
+    value = _tensor(node)
+    return value.dtype is torch.int64 and value.dim() == 1
 
 
 def _linear(b: Builder, node: fx.Node) -> None:
@@ -349,6 +361,19 @@ def _attention(b: Builder, node: fx.Node) -> None:
     whole = [(int(causal), -1), b.number(-1 if first is None else first), b.number(window or 0), (extra, -1)]
     real = [b.real(0.0 if scale is None else scale), b.real(softcap or 0.0)]
     b.are(node, b.step(Opcode.attention, arrays, whole, real))
+
+
+def _cached_attention(b: Builder, node: fx.Node) -> None:
+    *tensors, sinks, window, scale, softcap = node.args
+    key_blocks, key_scales, key = tensors[0], tensors[2], tensors[5]
+    if key_scales is None and _tensor(key_blocks).dtype != _tensor(key).dtype:
+        raise UnsupportedError("keys are stored in another dtype")
+    if sinks is not None and _tensor(sinks).dtype is not torch.float32:
+        raise UnsupportedError("sinks of another dtype")
+    arrays = [b.array(n) for n in (*tensors, sinks) if n is not None]
+    extra = (1 if key_scales is not None else 0) | (2 if sinks is not None else 0)
+    real = [b.real(0.0 if scale is None else scale), b.real(softcap or 0.0)]
+    b.are(node, b.step(Opcode.cached_attention, arrays, [b.number(window or 0), (extra, -1)], real))
 
 
 def _elementwise(
@@ -497,6 +522,7 @@ _HANDLERS: dict[object, Callable[[Builder, fx.Node], None]] = {
     torch.ops.kt.add_rms_norm.default: _add_norm,
     torch.ops.kt.rotary.default: _rotary,
     torch.ops.kt.attention.default: _attention,
+    torch.ops.kt.cached_attention.default: _cached_attention,
     operator.add: _binary(ElementOp.add),
     operator.sub: _binary(ElementOp.sub),
     operator.mul: _binary(ElementOp.mul),

@@ -65,7 +65,9 @@ void bind_program(nb::module_& m) {
       .value("f16", kt::element::f16)
       .value("bf16", kt::element::bf16)
       .value("i64", kt::element::i64)
-      .value("boolean", kt::element::boolean);
+      .value("boolean", kt::element::boolean)
+      .value("i32", kt::element::i32)
+      .value("i8", kt::element::i8);
   nb::enum_<kt::element_op>(m, "ElementOp")
       .value("copy", kt::element_op::copy)
       .value("add", kt::element_op::add)
@@ -91,11 +93,13 @@ void bind_program(nb::module_& m) {
       .value("add_norm", kt::opcode::add_norm)
       .value("rotary", kt::opcode::rotary)
       .value("attention", kt::opcode::attention)
+      .value("cached_attention", kt::opcode::cached_attention)
       .value("elementwise", kt::opcode::elementwise)
       .value("softmax", kt::opcode::softmax)
       .value("top_k", kt::opcode::top_k)
       .value("row_sum", kt::opcode::row_sum)
       .value("concat", kt::opcode::concat)
+      .value("index_select", kt::opcode::index_select)
       .value("index_copy", kt::opcode::index_copy);
   nb::class_<bound_program>(m, "Program", "Operations that run without Python, native/include/kt/program.h.")
       .def(nb::init<std::vector<kt::element>>(), "arguments"_a)

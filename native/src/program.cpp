@@ -285,9 +285,12 @@ struct program::call {
   void compute_norm(const step& s, bool add);
   void compute_rotary(const step& s);
   void compute_attention(const step& s);
+  void compute_cached_attention(const step& s);
+  void store_rows(const array& rows, const array& slots, const array& blocks, const array* scales);
   void compute_elementwise(const step& s);
   void compute_rows(const step& s);
   void concat(const step& s);
+  void index_select(const step& s);
   void index_copy(const step& s);
 };
 
@@ -473,6 +476,131 @@ void program::call::compute_attention(const step& s) {
   c.attention(k, a);
 }
 
+// Rows [1, heads, tokens, size] into slots of blocks [blocks, positions, heads, size].
+void program::call::store_rows(const array& rows, const array& slots, const array& blocks, const array* scales) {
+  const auto* slot = reinterpret_cast<const std::int64_t*>(slots.data);
+  const std::int64_t heads = rows.shape[1], tokens = rows.shape[2], size = rows.shape[3], positions = blocks.shape[1];
+  for (std::int64_t t = 0; t < tokens; ++t)
+    if (slot[t] >= blocks.shape[0] * positions) fail("slot " + std::to_string(slot[t]) + " is not in the storage");
+  if (scales) {
+    store_kv_arguments a;
+    a.tokens = static_cast<std::size_t>(tokens);
+    a.heads = static_cast<std::size_t>(heads);
+    a.size = static_cast<std::size_t>(size);
+    a.rows = rows.data;
+    a.type = float_type(rows);
+    a.token_stride = rows.strides[2];
+    a.head_stride = rows.strides[1];
+    a.slots = slot;
+    a.block_size = positions;
+    a.codes = reinterpret_cast<std::int8_t*>(blocks.data);
+    a.code_strides = {blocks.strides[0], blocks.strides[2], blocks.strides[1]};
+    a.scales = reinterpret_cast<float*>(scales->data);
+    a.scale_strides = {scales->strides[0], scales->strides[2], scales->strides[1]};
+    a.group = static_cast<std::size_t>(size / scales->shape[3]);
+    return c.store_kv(k, a);
+  }
+  const auto bytes = static_cast<std::int64_t>(size_of(blocks.type));
+  c.each_row(static_cast<std::size_t>(tokens), static_cast<std::size_t>(heads * size),
+             [&](std::size_t begin, std::size_t end) {
+               for (std::size_t t = begin; t < end; ++t) {
+                 if (slot[t] < 0) continue;
+                 const char* from = rows.data + static_cast<std::int64_t>(t) * rows.strides[2] * bytes;
+                 char* to = blocks.data +
+                            (slot[t] / positions * blocks.strides[0] + slot[t] % positions * blocks.strides[1]) * bytes;
+                 for (std::int64_t h = 0; h < heads; ++h)
+                   std::memcpy(to + h * blocks.strides[2] * bytes, from + h * rows.strides[1] * bytes,
+                               static_cast<std::size_t>(size * bytes));
+               }
+             });
+}
+
+void program::call::compute_cached_attention(const step& s) {
+  const bool coded = number(s, 1) & 1, with_sinks = number(s, 1) & 2;
+  std::size_t next = 0;
+  const array key_blocks = in(s, next++), value_blocks = in(s, next++);
+  const array key_scales = coded ? in(s, next++) : array{}, value_scales = coded ? in(s, next++) : array{};
+  array q = in(s, next++), key = in(s, next++), value = in(s, next++);
+  const array slots = dense(s, in(s, next++)), table = dense(s, in(s, next++)), lengths = dense(s, in(s, next++)),
+              starts = dense(s, in(s, next++));
+  for (array* a : {&q, &key, &value}) {
+    if (a->rank != 4 || a->shape[0] != 1) fail("tokens of a step are not one row");
+    if (a->strides[3] != 1 && a->shape[3] != 1) *a = dense(s, *a);
+  }
+  const auto holds = [&](const array& blocks, const array& scales, const array& rows) {
+    return blocks.rank == 4 && blocks.shape[1] > 0 && blocks.strides[3] == 1 && blocks.shape[2] == rows.shape[1] &&
+           blocks.shape[3] == rows.shape[3] && rows.shape[2] == q.shape[2] &&
+           (coded ? blocks.type == element::i8 && scales.type == element::f32 && scales.rank == 4 &&
+                        scales.shape[3] > 0 && blocks.shape[3] % scales.shape[3] == 0 && scales.strides[3] == 1 &&
+                        std::equal(scales.shape, scales.shape + 3, blocks.shape)
+                  : blocks.type == rows.type);
+  };
+  if (!holds(key_blocks, key_scales, key) || !holds(value_blocks, value_scales, value) ||
+      !std::equal(key_blocks.shape, key_blocks.shape + 3, value_blocks.shape))
+    fail("keys or values do not fit into their storage");
+  if (key.shape[1] == 0 || q.shape[1] % key.shape[1] || q.shape[3] != key.shape[3]) fail("queries and keys do not fit");
+  if (slots.type != element::i64 || table.type != element::i32 || lengths.type != element::i64 ||
+      starts.type != element::i64 || table.rank != 2 || slots.count() != q.shape[2] ||
+      lengths.count() != table.shape[0] || starts.count() != table.shape[0] + 1)
+    fail("what is said of a step's sequences does not fit");
+  // Sequences without queries are often many, and at the end.
+  const std::int64_t positions = key_blocks.shape[1], blocks = key_blocks.shape[0], tokens = q.shape[2];
+  const auto* start = reinterpret_cast<const std::int64_t*>(starts.data);
+  const auto* length = reinterpret_cast<const std::int64_t*>(lengths.data);
+  const auto* block = reinterpret_cast<const std::int32_t*>(table.data);
+  std::int64_t sequences = table.shape[0];
+  while (sequences > 0 && start[sequences - 1] == start[sequences]) --sequences;
+  if (start[0] != 0 || start[sequences] != tokens) fail("queries of a step are those of no sequence");
+  for (std::int64_t i = 0; i < sequences; ++i) {
+    const std::int64_t queries = start[i + 1] - start[i], used = (length[i] + positions - 1) / positions;
+    if (queries < 0 || queries > length[i] || used > table.shape[1])
+      fail("sequence " + std::to_string(i) + " has a length that cannot be");
+    for (std::int64_t j = 0; j < used; ++j)
+      if (const std::int32_t b = block[i * table.shape[1] + j]; b < 0 || b >= blocks)
+        fail("block " + std::to_string(b) + " of " + std::to_string(blocks));
+  }
+  store_rows(key, slots, key_blocks, coded ? &key_scales : nullptr);
+  store_rows(value, slots, value_blocks, coded ? &value_scales : nullptr);
+  const std::int64_t shape[] = {1, tokens, q.shape[1], value.shape[3]};
+  const array& out = place(s, 0, q.type, shape, 4);
+  const auto in_blocks = [](const array& a) {
+    return attention_place{a.data, {a.strides[0], a.strides[2], a.strides[1]}};
+  };
+  attention_arguments a;
+  a.sequences = static_cast<int>(sequences);
+  a.query_heads = static_cast<int>(q.shape[1]);
+  a.kv_heads = static_cast<int>(key.shape[1]);
+  a.key_size = static_cast<std::size_t>(key.shape[3]);
+  a.value_size = static_cast<std::size_t>(value.shape[3]);
+  a.type = float_type(q);
+  a.kv_type = coded ? dtype::f32 : float_type(key_blocks);
+  a.query = {q.data, {0, q.strides[1], q.strides[2]}};
+  a.key = in_blocks(key_blocks);
+  a.value = in_blocks(value_blocks);
+  if (coded) {
+    a.key_scales = {in_blocks(key_scales), static_cast<std::size_t>(key.shape[3] / key_scales.shape[3])};
+    a.value_scales = {in_blocks(value_scales), static_cast<std::size_t>(value.shape[3] / value_scales.shape[3])};
+  }
+  a.out = out.data;
+  a.out_strides = {0, out.strides[2], out.strides[1]};
+  a.query_starts = start;
+  a.lengths = length;
+  a.block_table = block;
+  a.table_stride = static_cast<std::size_t>(table.shape[1]);
+  a.block_size = positions;
+  a.causal = true;
+  a.window = number(s, 0);
+  if (with_sinks) {
+    const array sinks = dense(s, in(s, next));
+    if (sinks.type != element::f32 || sinks.count() != q.shape[1]) fail("sinks do not fit");
+    a.sinks = reinterpret_cast<const float*>(sinks.data);
+  }
+  const double scale = real_number_of(s, 0);
+  a.scale = static_cast<float>(scale != 0 ? scale : 1 / std::sqrt(static_cast<double>(a.key_size)));
+  a.softcap = static_cast<float>(real_number_of(s, 1));
+  c.attention(k, a);
+}
+
 void program::call::compute_elementwise(const step& s) {
   const auto op = static_cast<element_op>(number(s, 0));
   const auto type = static_cast<element>(number(s, 1));
@@ -556,6 +684,22 @@ void program::call::concat(const step& s) {
     const array& a = in(s, i);
     copy(c, a, sliced(b, d, at, at + a.shape[d]));
     at += a.shape[d];
+  }
+}
+
+void program::call::index_select(const step& s) {
+  const array& a = in(s, 0);
+  const array indices = dense(s, in(s, 1));
+  const int d = dimension(a, number(s, 0));
+  if (indices.type != element::i64 || indices.rank != 1) fail("indices are of another kind");
+  const auto* at = reinterpret_cast<const std::int64_t*>(indices.data);
+  array shape = a;
+  shape.shape[d] = indices.shape[0];
+  const array b = place(s, 0, a.type, shape.shape, shape.rank);
+  for (std::int64_t i = 0; i < indices.shape[0]; ++i) {
+    const std::int64_t from = at[i] < 0 ? at[i] + a.shape[d] : at[i];
+    if (from < 0 || from >= a.shape[d]) fail("index " + std::to_string(at[i]) + " of " + std::to_string(a.shape[d]));
+    copy(c, sliced(a, d, from, from + 1), sliced(b, d, i, i + 1));
   }
 }
 
@@ -647,11 +791,13 @@ void program::call::run(const step& s) {
     case opcode::add_norm: return compute_norm(s, true);
     case opcode::rotary: return compute_rotary(s);
     case opcode::attention: return compute_attention(s);
+    case opcode::cached_attention: return compute_cached_attention(s);
     case opcode::elementwise: return compute_elementwise(s);
     case opcode::softmax:
     case opcode::top_k:
     case opcode::row_sum: return compute_rows(s);
     case opcode::concat: return concat(s);
+    case opcode::index_select: return index_select(s);
     case opcode::index_copy: return index_copy(s);
   }
 }

@@ -16,9 +16,16 @@ namespace kt {
 
 struct isa;
 
-enum class element : std::uint8_t { f32, f16, bf16, i64, boolean };
+enum class element : std::uint8_t { f32, f16, bf16, i64, boolean, i32, i8 };
 constexpr std::size_t size_of(element e) {
-  return e == element::f32 ? 4 : e == element::i64 ? 8 : e == element::boolean ? 1 : 2;
+  switch (e) {
+    case element::i64: return 8;
+    case element::f32:
+    case element::i32: return 4;
+    case element::boolean:
+    case element::i8: return 1;
+    default: return 2;
+  }
 }
 
 constexpr int most_dimensions = 6;
@@ -57,19 +64,23 @@ enum class opcode : std::uint8_t {
   expand,     // n: the shape, -1 where it stays
   contiguous,
   // Computations.
-  linear,       // in: x. A packed weight
-  moe,          // in: x, ids, weights. Packed experts
-  norm,         // in: x, weight. n: round_first. x: epsilon, offset
-  add_norm,     // in: x, addend, weight. out: sum, norm. As norm
-  rotary,       // in: x, cos, sin and perhaps the weight of a norm. As norm
-  attention,    // in: query, key, value and perhaps mask, sinks. n: causal, first position or -1, window or 0,
-                // which of mask (1) and sinks (2) there are. x: scale or 0, softcap or 0
-  elementwise,  // in: a and perhaps b, of which each row has as many elements or one. n: element_op, element of out
-  softmax,      // in: x; over the last dimension, to f32
-  top_k,        // in: x, f32. n: k. out: values, ids, descending; of equal ones the first
-  row_sum,      // in: x, f32; over the last dimension, which stays with size 1
-  concat,       // in: all. n: dimension
-  index_copy,   // in: into, indices, from. n: dimension. `into` is written to
+  linear,            // in: x. A packed weight
+  moe,               // in: x, ids, weights. Packed experts
+  norm,              // in: x, weight. n: round_first. x: epsilon, offset
+  add_norm,          // in: x, addend, weight. out: sum, norm. As norm
+  rotary,            // in: x, cos, sin and perhaps the weight of a norm. As norm
+  attention,         // in: query, key, value and perhaps mask, sinks. n: causal, first position or -1, window or 0,
+                     // which of mask (1) and sinks (2) there are. x: scale or 0, softcap or 0
+  cached_attention,  // in: blocks of keys, of values, perhaps their scales; query, key, value; slots, block table,
+                     // lengths, query starts, perhaps sinks. Keys and values are stored first. n: window or 0, which of
+                     // scales (1) and sinks (2) there are. x: scale or 0, softcap or 0
+  elementwise,   // in: a and perhaps b, of which each row has as many elements or one. n: element_op, element of out
+  softmax,       // in: x; over the last dimension, to f32
+  top_k,         // in: x, f32. n: k. out: values, ids, descending; of equal ones the first
+  row_sum,       // in: x, f32; over the last dimension, which stays with size 1
+  concat,        // in: all. n: dimension
+  index_select,  // in: x, indices. n: dimension
+  index_copy,    // in: into, indices, from. n: dimension. `into` is written to
 };
 
 struct result {

@@ -1,0 +1,340 @@
+"""Serves many requests at once: schedule a step, run the model, choose tokens, pass on their text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ktcompile.engine.completion import Completion, with_texts
+from ktcompile.engine.generate import end_tokens
+from ktcompile.engine.options import EngineOptions
+from ktcompile.engine.outputs import FinishReason, Logprobs
+from ktcompile.engine.runner import ModelRunner
+from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample, token_logprobs
+from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.kv.block_pool import BlockPool
+from ktcompile.log import logger
+from ktcompile.models.load import load, locate
+from ktcompile.models.tokenizer import load_tokenizer
+from ktcompile.runtime.placing import without_new_profile
+from ktcompile.scheduler.batch import Chunk, Step
+from ktcompile.scheduler.request import QueueFullError, RequestTooLongError
+from ktcompile.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a step added to one answer of a request.
+
+    index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer
+    included. logprobs: one for each of these; None: they were not asked for. finish_reason, stop_reason: as of
+    `ktcompile.engine.outputs.CompletionOutput`. prompt_logprobs: with the first delta of answer 0, if asked for.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: list[Logprobs] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    num_prompt_tokens: int
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """How an engine is, and what it did since it began.
+
+    num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is
+    held, 0 to 1. prompt_tokens, generated_tokens: of answers that began to come, and of all answers.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    kv_usage: float
+    num_preemptions: int
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+
+
+class Engine:
+    """A model that serves many requests. One thread calls `add`, `abort` and `step`.
+
+    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: the model cannot run
+    over blocks. Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
+    """
+
+    def __init__(self, model: str | Path | None = None, options: EngineOptions | None = None) -> None:
+        options = options or EngineOptions()
+        name = locate(model)
+        tokenizer = load_tokenizer(name)
+        device = without_new_profile(options).device_options()
+        loaded = load(name, weight_format=options.weight_format, **device)
+        self._begin(loaded, tokenizer, name, options, time.monotonic)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        options: EngineOptions | None = None,
+        *,
+        name: str = "model",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Engine:
+        """Return an engine of a model in memory, whose weights it takes. clock: what deadlines are by, in seconds."""
+        self = cls.__new__(cls)
+        self._begin(model, tokenizer, name, options or EngineOptions(), clock)
+        return self
+
+    def _begin(
+        self, model: PreTrainedModel, tokenizer: Any, name: str, options: EngineOptions, clock: Callable[[], float]
+    ) -> None:
+        self.model_name = name
+        self.tokenizer = tokenizer
+        self.model = model
+        self.vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
+        self._runner = ModelRunner(model, options)
+        self.max_model_len = self._runner.max_model_len
+        self._pool = BlockPool(self._runner.num_blocks)
+        self._scheduler = Scheduler(options.scheduler_options(self.max_model_len), self._pool, clock)
+        self._requests: dict[str, _Request] = {}
+        self._answers: dict[str, _Answer] = {}  # by the name that the scheduler knows
+        self._ended: list[Delta] = []  # between steps
+        self._prompt_tokens = self._generated_tokens = self._steps = 0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether `step` has anything to do or to tell."""
+        return bool(self._requests or self._ended)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        """Let a request wait for its turn; `params.n` answers are computed side by side.
+
+        Answers are at most as long as positions are left. prompt: its text, for messages. deadline: by the engine's
+        clock, time.monotonic; what has not ended then ends with "timeout". QueueFullError: too much waits.
+        RequestTooLongError: there are no positions or blocks for it. ValueError: the prompt is empty or has tokens that
+        the model lacks, params do, or the id is in use.
+        """
+        if request_id in self._requests:
+            raise ValueError(f"request {request_id!r} is served already; give each its own id")
+        prompt_ids = [int(token) for token in prompt_token_ids]
+        limit = self._limit(prompt_ids, params)
+        ends = end_tokens(self.model)
+        request = _Request(request_id, prompt_ids, params)
+        for index in range(params.n):
+            completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
+            request.answers[f"{request_id}/{index}"] = _Answer(request, completion, index)
+        asked = params.prompt_logprobs is not None
+        added: list[str] = []
+        try:
+            for name, answer in request.answers.items():
+                with_logits = asked and answer.index == 0
+                self._scheduler.add(name, prompt_ids, limit, deadline=deadline, prompt_logits=with_logits)
+                added.append(name)
+        except (QueueFullError, ValueError):
+            for name in added:
+                self._scheduler.finish(name)
+            raise
+        self._requests[request_id] = request
+        self._answers.update(request.answers)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, whatever it does; `step` tells so once. One that is unknown or has ended stays as it is."""
+        request = self._requests.get(request_id)
+        for name in list(request.answers) if request else ():
+            self._ended.append(self._end(name, "abort"))
+
+    def step(self) -> list[Delta]:
+        """Run one step of the model, and return what answers have become; [] where there is nothing to do.
+
+        Requests whose logits are not finite, and all of a step that fails, end with "error".
+        """
+        for name in self._scheduler.expire():
+            self._ended.append(self._close(name, "timeout"))
+        deltas, self._ended = self._ended, []
+        step = self._scheduler.schedule()
+        if step is not None:
+            self._run(step, deltas)
+            self._steps += 1
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """Return how the engine is now."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_blocks=self._pool.num_blocks,
+            num_free_blocks=self._pool.num_free,
+            kv_usage=self._pool.num_held / self._pool.num_blocks,
+            num_preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=self._steps,
+        )
+
+    def _run(self, step: Step, deltas: list[Delta]) -> None:
+        """Run a step and add to `deltas`. Whatever happens, the scheduler learns that the step is over."""
+        sampled: dict[str, int] = {}
+        try:
+            self._compute(step, sampled, deltas)
+        except Exception:
+            logger.exception("a step of the model failed; its requests end")
+            deltas += [
+                self._end(chunk.request_id, "error") for chunk in step.chunks if chunk.request_id in self._answers
+            ]
+        except BaseException:  # nobody gets the deltas
+            for chunk in step.chunks:
+                if chunk.request_id in self._answers:
+                    self._end(chunk.request_id, "abort")
+            raise
+        finally:
+            self._scheduler.update(sampled)
+
+    def _compute(self, step: Step, sampled: dict[str, int], deltas: list[Delta]) -> None:
+        logits, places = self._runner.run(step)
+        chosen: list[tuple[_Answer, str]] = []
+        rows: list[int] = []
+        for i, chunk in enumerate(step.chunks):
+            answer = self._answers[chunk.request_id]
+            if answer.request.params.prompt_logprobs is not None:
+                answer.note_prompt(chunk, logits[places[i] : places[i + 1]])
+            if chunk.samples:
+                chosen.append((answer, chunk.request_id))
+                rows.append(places[i + 1] - 1)
+        if not chosen:
+            return
+        wanted = logits if rows == list(range(len(logits))) else logits[rows]
+        tokens = _sample(wanted, [answer.completion.state for answer, _ in chosen])
+        for (answer, name), token in zip(chosen, tokens, strict=True):
+            if token is None:
+                deltas.append(self._end(name, "error"))
+            else:
+                sampled[name] = token.token_id
+                deltas.append(self._take(answer, name, token))
+
+    def _take(self, answer: _Answer, name: str, token: Sampled) -> Delta:
+        """Add a token to an answer, and return what it becomes."""
+        request, completion = answer.request, answer.completion
+        text = completion.add(token)
+        self._generated_tokens += 1
+        of_prompt = None
+        if not answer.began:
+            answer.began = True
+            self._prompt_tokens += len(request.prompt_ids)
+            if request.params.prompt_logprobs is not None and answer.index == 0:
+                of_prompt = [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
+        if completion.finish_reason is not None:
+            self._scheduler.finish(name)
+            self._forget(name)
+        return answer.delta(text, (token.token_id,), completion.last_logprobs, of_prompt)
+
+    def _end(self, name: str, reason: FinishReason) -> Delta:
+        """End an answer that the scheduler still has."""
+        self._scheduler.finish(name)
+        return self._close(name, reason)
+
+    def _close(self, name: str, reason: FinishReason) -> Delta:
+        answer = self._answers[name]
+        text = answer.completion.end(reason)
+        self._forget(name)
+        return answer.delta(text, (), [] if answer.request.params.logprobs is not None else None)
+
+    def _forget(self, name: str) -> None:
+        request = self._answers.pop(name).request
+        del request.answers[name]
+        if not request.answers:
+            del self._requests[request.request_id]
+
+    def _limit(self, prompt_ids: list[int], params: SamplingParams) -> int:
+        """Return the tokens that an answer may have."""
+        params.check_vocabulary(self.vocab_size)
+        wrong = [token for token in prompt_ids if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise ValueError(f"prompt_token_ids has {wrong[0]}; the model's tokens are 0 to {self.vocab_size - 1}")
+        left = self.max_model_len - len(prompt_ids)
+        if left < 1:
+            raise RequestTooLongError(
+                f"the prompt has {len(prompt_ids)} tokens; the model has {self.max_model_len} positions"
+            )
+        return left if params.max_tokens is None else min(left, params.max_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A request whose answers have not all ended. answers: those, by the name that the scheduler knows."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    answers: dict[str, _Answer] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Answer:
+    """One answer. of_prompt: what was asked for of the prompt's tokens behind the first, as far as it is known."""
+
+    request: _Request
+    completion: Completion
+    index: int
+    began: bool = False
+    of_prompt: list[Logprobs] = field(default_factory=list)
+
+    def note_prompt(self, chunk: Chunk, logits: Tensor) -> None:
+        """Take the logits of [chunk.logits_from, chunk.end)."""
+        count, prompt_ids = self.request.params.prompt_logprobs, self.request.prompt_ids
+        if self.index != 0 or self.began or count is None:
+            return
+        followers = prompt_ids[chunk.logits_from + 1 : chunk.end + 1]
+        self.of_prompt += [token_logprobs(row, token, count) for row, token in zip(logits, followers, strict=False)]
+
+    def delta(
+        self,
+        text: str,
+        token_ids: tuple[int, ...],
+        logprobs: list[Logprobs] | None,
+        of_prompt: list[Logprobs | None] | None = None,
+    ) -> Delta:
+        return Delta(
+            self.request.request_id,
+            self.index,
+            text,
+            token_ids,
+            logprobs,
+            self.completion.finish_reason,
+            self.completion.stop_reason,
+            len(self.request.prompt_ids),
+            of_prompt,
+        )
+
+
+def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | None]:
+    """Return the next token of each row; None where logits are not finite."""
+    try:
+        return list(sample(logits, states))
+    except NotFiniteError as error:
+        bad = set(error.rows)
+        good = [i for i in range(len(states)) if i not in bad]
+        found: Iterable[Sampled] = sample(logits[good], [states[i] for i in good]) if good else ()
+        chosen = dict(zip(good, found, strict=True))
+        return [chosen.get(i) for i in range(len(states))]

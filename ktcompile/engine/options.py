@@ -1,0 +1,60 @@
+"""What an engine may be told: its limits, its formats, its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ktcompile.config import DeviceOptions
+from ktcompile.ops.kv import KV_FORMATS
+from ktcompile.quant import check_format
+from ktcompile.scheduler.policy import SchedulerOptions
+
+_AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions(DeviceOptions):
+    """Options of an engine: those of the device, those of `ktcompile.scheduler.policy.SchedulerOptions`, and these.
+
+    max_model_len: positions of a sequence; None: as many as the model has, and fit into the memory for keys and values.
+    kv_cache_memory: that memory in bytes; None: a third of what is free, at most what max_num_seqs sequences of
+    max_model_len need. kv_format: a name of `ktcompile.ops.KV_FORMATS`, as "int8"; "auto": the model's dtype.
+    weight_format, dense_format: as of `ktcompile.config.CompileOptions`. eager: the model is not compiled; answers may
+    then depend on what else is computed.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    block_size: int = 64
+    chunk_size: int = 256
+    max_queued_requests: int = 1024
+    max_queued_tokens: int = 1 << 20
+    kv_cache_memory: int | None = None
+    kv_format: str = _AUTO
+    weight_format: str = _AUTO
+    dense_format: str = _AUTO
+    eager: bool = False
+
+    def __post_init__(self) -> None:
+        DeviceOptions.__post_init__(self)
+        check_format(self.weight_format)
+        check_format(self.dense_format, "dense_format")
+        if self.kv_format != _AUTO and self.kv_format not in KV_FORMATS:
+            known = ", ".join((_AUTO, *KV_FORMATS))
+            raise ValueError(f"kv_format is {self.kv_format!r}; it must be one of {known}")
+        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
+            raise ValueError(f"kv_cache_memory is {self.kv_cache_memory}; it must be 1 byte or more")
+        self.scheduler_options(1 if self.max_model_len is None else self.max_model_len)
+
+    def scheduler_options(self, max_model_len: int) -> SchedulerOptions:
+        """Return the limits of the scheduler. ValueError: one cannot be."""
+        return SchedulerOptions(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            block_size=self.block_size,
+            chunk_size=self.chunk_size,
+            max_queued_requests=self.max_queued_requests,
+            max_queued_tokens=self.max_queued_tokens,
+        )

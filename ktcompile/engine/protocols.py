@@ -1,0 +1,48 @@
+"""What a thread that runs an engine needs of it, and of who watches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ktcompile.engine.outputs import FinishReason
+from ktcompile.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from ktcompile.engine.engine import Delta, EngineStats
+
+
+class EngineLike(Protocol):
+    """What is used of `ktcompile.engine.engine.Engine`. What changes is called by one thread."""
+
+    model_name: str
+    tokenizer: Any
+    max_model_len: int
+    vocab_size: int
+
+    @property
+    def has_requests(self) -> bool: ...
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        deadline: float | None = None,
+    ) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> Sequence[Delta]: ...
+    def stats(self) -> EngineStats: ...
+
+
+class Observer(Protocol):
+    """Is told what happens, on the thread of the engine, and must be quick. Times are those of time.monotonic.
+
+    added: a request that was taken; arrival: when it was asked for. stepped: a step that took `seconds` ended.
+    dropped: a request will have no more deltas, since it was aborted or its step failed.
+    """
+
+    def added(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> None: ...
+    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, seconds: float) -> None: ...
+    def dropped(self, request_id: str, reason: FinishReason) -> None: ...

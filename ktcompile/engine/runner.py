@@ -1,0 +1,176 @@
+"""Runs the model on the steps of the scheduler.
+
+Shape suffixes: R rows whose logits are wanted, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ktcompile.engine.inputs import StepInputs
+from ktcompile.engine.options import EngineOptions
+from ktcompile.engine.probe import UnsupportedModelError, attention_calls
+from ktcompile.kv.layout import block_bytes, blocks_for, num_blocks
+from ktcompile.kv.storage import allocate, default_budget, layer_kv
+from ktcompile.log import warn_once
+from ktcompile.models import hf_paged
+from ktcompile.models.hf_paged import LayerBlocks, PagedStep
+from ktcompile.ops.kv import KV_FORMATS, KVFormat
+from ktcompile.scheduler.batch import Chunk, Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GIVEN = frozenset({"input_ids", "position_ids", "slot_mapping", "rows"})
+# Where neither the model nor an option says.
+_LONGEST = 32768
+
+
+class StepLogits(NamedTuple):
+    """The logits of a step, [R, V]. places: chunk i has the rows [places[i], places[i + 1])."""
+
+    values: Tensor
+    places: list[int]
+
+
+class ModelRunner:
+    """A model with memory for keys and values of many sequences.
+
+    num_blocks, max_model_len: what that memory holds, and how long a sequence may be. UnsupportedModelError: the model
+    cannot run over blocks. ValueError: there is no memory for one block.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: EngineOptions) -> None:
+        self.model = model
+        calls = attention_calls(model)
+        longest = _longest(model, options)
+        kv_format = _format(options, calls[0].dtype)
+        layers = [layer_kv(kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
+        sequences = max(2, options.max_num_seqs)  # two are run to check the model
+        needed = sequences * blocks_for(longest, options.block_size)
+        budget = default_budget() if options.kv_cache_memory is None else options.kv_cache_memory
+        self.num_blocks = min(needed, num_blocks(budget, layers, options.block_size))
+        self.max_model_len = min(longest, self.num_blocks * options.block_size)
+        self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
+        storage = allocate(kv_format, layers, self.num_blocks, options.block_size)
+        self._layers = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
+        self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
+        self._forward = self._of(options)
+        # What modules have as numbers is constant; else each call would be given it anew.
+        with torch._dynamo.config.patch(specialize_float=True):
+            self._check(options)
+
+    @torch.no_grad()
+    def run(self, step: Step) -> StepLogits:
+        """Compute a step: store the keys and values of its tokens, and return the logits that it asks for."""
+        tensors = self._inputs.make(step)
+        return StepLogits(self._forward(*tensors[:-1]), tensors.places)
+
+    def _of(self, options: EngineOptions) -> Callable[..., Tensor]:
+        """Return what runs the model on the tensors of a step."""
+        model, inputs, layers = self.model, self._inputs, self._layers
+        model.set_attn_implementation(hf_paged.NAME)
+        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+        def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, rows: Tensor) -> Tensor:
+            kv_step = PagedStep(layers, slot_mapping, inputs.block_table, inputs.lengths, inputs.query_starts)
+            kept = {"logits_to_keep": rows} if keeps else {}
+            result = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, kv_step=kv_step, **kept)
+            logits: Tensor = result.logits[0]
+            return logits if keeps else logits[rows]
+
+        if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
+            return forward
+        for tensor in (
+            *(t for layer in layers for t in layer),
+            inputs.block_table,
+            inputs.lengths,
+            inputs.query_starts,
+        ):
+            if tensor is not None:
+                torch._dynamo.mark_static(tensor)
+        settings: dict[str, Any] = {
+            "weights": "take",
+            "weight_format": options.weight_format,
+            "dense_format": options.dense_format,
+            "guard_filter_fn": _guards_of_steps,
+        }
+        compiled: Callable[..., Tensor] = torch.compile(
+            _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
+        )
+        return compiled
+
+    def _check(self, options: EngineOptions) -> None:
+        """Run the two shapes of steps once, and see that a token's logits are its own in any company.
+
+        UnsupportedModelError: they are others, so layers keep something that is not in the blocks, or mix tokens.
+        """
+        size = options.block_size
+        behind = blocks_for(3, size)  # those of the first sequence
+        if behind + blocks_for(2, size) > self.num_blocks or self.max_model_len < 3:
+            raise ValueError(f"{self.num_blocks} blocks of {size} positions are too few; raise kv_cache_memory")
+        both = _step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size))
+        self.run(both)  # the first call checks the kernels, and runs operation by operation
+        together = self.run(both).values
+        alone = self.run(_step(_chunk("a", (3,), 0, size, begin=2))).values
+        apart = self.run(_step(_chunk("b", (4, 5), behind, size))).values
+        pairs = ((alone[0], together[0]), (apart[0], together[1]))
+        if all(torch.equal(x, y) for x, y in pairs):
+            return
+        error = max(float((x - y).float().norm() / y.float().norm()) for x, y in pairs)
+        name = type(self.model).__name__
+        if not error < 0.2:
+            raise UnsupportedModelError(
+                f"{name} gives a token other logits in other company (relative error {error:.2g}): layers keep "
+                "something of a sequence that is not keys and values, or mix tokens"
+            )
+        if not options.eager:
+            warn_once(f"{name} rounds a token's logits otherwise in other company (relative error {error:.2g})")
+
+
+def _guards_of_steps(guards: Sequence[Any]) -> list[bool]:
+    """Return which of Dynamo's guards are looked at in each step: those of what a step is given. The model is the
+    engine's own, and looking at all of its modules takes 0.2 ms a layer."""
+    return [g.guard_type == "SHAPE_ENV" or g.name in _GIVEN for g in guards]
+
+
+def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function with a code object of its own: Dynamo counts recompilations by code object, and each engine
+    has its own model."""
+    assert isinstance(function, types.FunctionType)
+    code = function.__code__.replace()
+    return types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+
+
+def _longest(model: PreTrainedModel, options: EngineOptions) -> int:
+    """Return the positions of a sequence. ValueError: more are asked for than the model has."""
+    has = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    if options.max_model_len is None:
+        return int(has or _LONGEST)
+    if has is not None and options.max_model_len > has:
+        raise ValueError(f"max_model_len is {options.max_model_len}; the model has {has} positions")
+    return options.max_model_len
+
+
+def _format(options: EngineOptions, dtype: torch.dtype) -> KVFormat:
+    if options.kv_format != "auto":
+        return KV_FORMATS[options.kv_format]
+    return next(f for f in KV_FORMATS.values() if f.dtype == dtype)
+
+
+def _chunk(name: str, token_ids: Sequence[int], block: int, size: int, begin: int = 0) -> Chunk:
+    end = begin + len(token_ids)
+    blocks = tuple(block + i for i in range(blocks_for(end, size)))
+    return Chunk(name, tuple(token_ids), begin, blocks, logits_from=end - 1, samples=True)
+
+
+def _step(*chunks: Chunk) -> Step:
+    return Step(chunks, ())

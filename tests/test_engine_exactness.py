@@ -1,0 +1,78 @@
+"""The engine gives a request the same tokens, bit for bit, whatever else it computes and however it cuts prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.engines import Answer, engine_of, memory_of, prompts, serve, tiny
+
+from ktcompile.engine.engine import Engine
+from ktcompile.engine.generate import generate
+from ktcompile.engine.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.slow
+
+# GQA, no groups, windows and sinks, latents that transformers expands, norms of whole rows.
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe")
+LENGTH = 24
+GREEDY = SamplingParams(LENGTH, 0.0, ignore_eos=True)
+DRAWN = SamplingParams(LENGTH, 1.2, 0.9, seed=7, repetition_penalty=1.1, ignore_eos=True)
+PROMPT = [*prompts(1, longest=60)[0], *range(40)]
+
+
+@pytest.fixture(autouse=True)
+def fresh(threads: Callable[[int], None]) -> Iterator[None]:
+    """One thread of torch: the layers are so small that threads only wait for each other."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def in_company(engine: Engine, others: int, params: SamplingParams) -> Answer:
+    """Return the answer to PROMPT, which comes in the middle of others."""
+    company = [(prompt, SamplingParams(9 + i, 0.7, seed=i)) for i, prompt in enumerate(prompts(others))]
+    company.insert(others // 2, (PROMPT, params))
+    return serve(engine, company)[others // 2]
+
+
+def check(family: str, dtype: torch.dtype, **options: Any) -> None:
+    """Two engines of a model give PROMPT's answers alone and in any company, with any cuts, and where requests are
+    preempted."""
+    engine = engine_of(tiny(family, dtype), **options)
+    alone = [serve(engine, [(PROMPT, params)])[0] for params in (GREEDY, DRAWN)]
+    assert all(len(answer.token_ids) == LENGTH for answer in alone) and alone[0] != alone[1]
+    for others in (1, 7, 31):
+        for params, expected in zip((GREEDY, DRAWN), alone, strict=True):
+            assert in_company(engine, others, params) == expected, f"{others} others"
+    assert engine.stats().num_preemptions == 0
+    # Other cuts of prompts, and memory for PROMPT with its answer and little more.
+    small = {"max_num_batched_tokens": 47, "chunk_size": 8, "block_size": 4}
+    narrow = engine_of(tiny(family, dtype), kv_cache_memory=memory_of(engine, 160), **small, **options)
+    for params, expected in zip((GREEDY, DRAWN), alone, strict=True):
+        assert in_company(narrow, 7, params) == expected, "in little memory"
+    assert narrow.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_company_and_cuts_change_no_token(family: str, dtype: torch.dtype) -> None:
+    check(family, dtype)
+
+
+def test_nor_do_they_with_keys_and_values_in_int8() -> None:
+    check("qwen3_moe", torch.bfloat16, kv_format="int8")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_the_compiled_model(family: str) -> None:
+    """One sequence, transformers' cache and masks, the same kernels."""
+    model = tiny(family)
+    run = torch.compile(model, backend="kt", dynamic=True)
+    expected = list(generate(model, PROMPT, LENGTH, forward=run))
+    torch._dynamo.reset()
+    engine = engine_of(tiny(family))
+    assert serve(engine, [(PROMPT, GREEDY)])[0].token_ids == expected
