@@ -126,6 +126,9 @@ class Experts:
     def unpack(self, expert: int, gate_up: int, gate_up_strides: tuple[int, int, int], down: int, down_strides: tuple[int, int, int], type: DType) -> None: ...
 
     @property
+    def tokens(self) -> list[int]: ...
+
+    @property
     def slices(self) -> list[int]: ...
 
     def copy(self, expert: int, source: Experts, source_expert: int) -> None:

@@ -145,6 +145,17 @@ def test_a_row_does_not_depend_on_the_values_of_others(weight_format):
             assert not FORMATS[weight_format].dynamic or got[8].isnan().all(), isa
 
 
+def test_experts_count_their_tokens():
+    experts = random_layer().pack()
+    ops.moe(*random_inputs(1), experts)  # the first call is checked, by calls that count too
+    wanted = torch.tensor(experts.native.tokens)
+    for tokens in (1, 20):
+        x, ids, weights = random_inputs(tokens)
+        ops.moe(x, ids, weights, experts)
+        wanted += ids[ids < EXPERTS].bincount(minlength=EXPERTS)
+    assert experts.native.tokens == wanted.tolist()
+
+
 def test_slots_may_come_in_any_order():
     experts = random_layer().pack()
     x, ids, weights = random_inputs(20)

@@ -56,6 +56,13 @@ def post(port: int, body: dict[str, Any], key: str = "") -> http.client.HTTPResp
     return connection.getresponse()
 
 
+def status(port: int, key: str) -> dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/status", headers={"Authorization": f"Bearer {key}"})
+    found: dict[str, Any] = json.loads(connection.getresponse().read())
+    return found
+
+
 def test_a_process_serves_rests_and_drains(tmp_path: Path) -> None:
     settings = tmp_path / "server.toml"
     settings.write_text('served_model_name = "wrong"\nmax_num_seqs = 5\nlog_level = "debug"\n')
@@ -64,6 +71,8 @@ def test_a_process_serves_rests_and_drains(tmp_path: Path) -> None:
         assert post(port, BODY).status == 401
         assert post(port, {**BODY, "n": 3}, "secret").status == 400
         assert post(port, {**BODY, "max_tokens": 2, "prompt": "my secret"}, "secret").status == 200
+        counts = status(port, "secret")["expert_counts"]
+        assert [len(layer) for layer in counts] == [16] * 4 and all(sum(layer) > 0 for layer in counts)
         # Nothing is done while nothing is asked.
         seen = psutil.Process(process.pid)
         before = sum(seen.cpu_times()[:2])

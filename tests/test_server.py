@@ -117,7 +117,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(engine: FakeEngine) -> None
 
 def test_the_key_is_asked_for_everywhere_but_at_the_door(engine: FakeEngine) -> None:
     with running(engine, ServerOptions(port=0, api_key="secret")) as server:
-        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
+        for path in ("/v1/models", "/metrics", "/status", "/docs", "/openapi.json"):
             assert call(server, path).status == 401
             assert (
                 call(server, path, headers={"Authorization": "Bearer wrong"}).json["error"]["code"] == "invalid_api_key"
@@ -280,6 +280,20 @@ def test_metrics_count_what_was_served(engine: FakeEngine) -> None:
         assert values[f"vllm:{name}_seconds_count",] == 3
     assert values["vllm:inter_token_latency_seconds_count",] == 3 * 2 * 4
     assert values["vllm:admission_rejections_total", "invalid_value"] == 1
+
+
+def test_the_page_is_open_and_its_figures_are_those_of_the_server(engine: FakeEngine) -> None:
+    with running(engine, ServerOptions(port=0, api_key="secret")) as server:
+        key = {"Authorization": "Bearer secret"}
+        page = call(server, "/")
+        assert page.status == 200 and page.headers["Content-Type"].startswith("text/html")
+        assert b'fetch("status"' in page.body and call(server, "/status").status == 401
+        call(server, "/v1/completions", {**TEXT, "max_tokens": 5}, headers=key)
+        call(server, "/v1/completions", {**TEXT, "prompt": []}, headers=key)
+        found = call(server, "/status", headers=key).json
+    assert (found["state"], found["model"]) == ("ready", "fake")
+    assert (found["requests_finished"], found["requests_rejected"], found["requests_running"]) == (1, 1, 0)
+    assert found["ttft"]["p50"] > 0 and found["itl"]["p99"] > 0 and found["expert_counts"] is None
 
 
 def test_the_prefix_of_metrics_can_be_ours(engine: FakeEngine) -> None:

@@ -92,6 +92,7 @@ def make_app(model: str | None, options: ServerOptions, engine_options: EngineOp
     from transformers.utils import logging as hf_logging
 
     from ktcompile.engine.engine import Engine
+    from ktcompile.models.hf_experts import token_counts
     from ktcompile.models.placed import expert_metrics
     from ktcompile.runtime.metrics import ExpertMetrics
     from ktcompile.server.app import create_app
@@ -107,7 +108,13 @@ def make_app(model: str | None, options: ServerOptions, engine_options: EngineOp
     chosen: dict[str, Any] = settings.to_diff_dict() if settings is not None else {}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {name: chosen[name] for name in names if name in chosen}
-    return create_app(engine, options, defaults=defaults, expert_metrics=experts)
+    return create_app(
+        engine,
+        options,
+        defaults=defaults,
+        expert_metrics=experts,
+        expert_counts=lambda: token_counts(engine.model),
+    )
 
 
 @contextmanager

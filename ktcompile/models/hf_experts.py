@@ -120,6 +120,12 @@ def packed_forms(module: nn.Module) -> list[PackedExperts]:
     return expert_store().find_all(_weights(module, names))
 
 
+def token_counts(model: nn.Module) -> list[list[int]]:
+    """Return how many tokens each expert of each packed layer was given, since it was packed."""
+    forms = [packed_forms(module) for module in experts_modules(model)]
+    return [[sum(of_one) for of_one in zip(*(f.native.tokens for f in layer), strict=True)] for layer in forms if layer]
+
+
 def packed(module: nn.Module) -> PackedExperts:
     """Return what the implementation "kt" runs for a module, packed now if it was not."""
     if is_packed(module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from ktcompile import __version__
 from ktcompile.engine.async_engine import Health
@@ -30,6 +30,7 @@ from ktcompile.server.protocol import (
 )
 from ktcompile.server.service import Service, api_errors
 from ktcompile.server.sse import ClientLeft
+from ktcompile.server.status import page
 
 
 class ErrorDetail(BaseModel):
@@ -58,11 +59,12 @@ def create_app(
     *,
     defaults: dict[str, Any] | None = None,
     expert_metrics: Callable[[], ExpertMetrics | None] = lambda: None,
+    expert_counts: Callable[[], Sequence[Sequence[int]]] = tuple,
 ) -> FastAPI:
     """Return the application that serves an engine; its thread runs while the application does. Others: as of
     `ktcompile.server.service.Service`, which is `app.state.service`."""
     options = options or ServerOptions()
-    service = Service(engine, options, defaults=defaults, expert_metrics=expert_metrics)
+    service = Service(engine, options, defaults=defaults, expert_metrics=expert_metrics, expert_counts=expert_counts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -178,6 +180,16 @@ def _add_others(app: FastAPI, service: Service) -> None:
         """Say whether it takes requests."""
         state = service.engine.health
         return json_response({"status": state.value}, 200 if state is Health.READY else 503)
+
+    @app.get("/", include_in_schema=False)
+    async def status_page() -> Response:
+        """Return the page that shows what /status says."""
+        return HTMLResponse(page())
+
+    @app.get("/status")
+    async def status() -> Response:
+        """Say what the server does."""
+        return json_response(service.status().to_json())
 
     @app.get("/metrics")
     async def metrics() -> Response:

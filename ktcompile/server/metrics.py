@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTENT_TYPE", "ServerMetrics"]
 
+_LATEST = 1024
 _SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _LONG = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -91,6 +93,13 @@ class ServerMetrics:
         self._iteration = make(Histogram, "iteration_tokens_total", "Tokens that a step gave.", buckets=_BATCH)
         self._n = make(Histogram, "request_params_n", "Answers that a request asks for.", buckets=(1, 2, 5, 10, 20))
         self._seen_preemptions = 0
+        self._latest_ttft: deque[float] = deque(maxlen=_LATEST)
+        self._latest_itl: deque[float] = deque(maxlen=_LATEST)
+        self.num_finished = self.num_rejected = 0
+
+    def latencies(self) -> tuple[list[float], list[float]]:
+        """Return the last times to a first token and between tokens, in seconds."""
+        return list(self._latest_ttft), list(self._latest_itl)
 
     def text(self) -> bytes:
         """Return all samples, those of experts on a device too, in the text format."""
@@ -100,6 +109,7 @@ class ServerMetrics:
     def rejected(self, reason: str) -> None:
         """Count a request that was refused."""
         self._rejections.labels(self._model, reason).inc()
+        self.num_rejected += 1
 
     def added(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> None:
         self._requests[request_id] = Timing(num_prompt_tokens, params.n, arrival)
@@ -156,16 +166,19 @@ class ServerMetrics:
             request.first = now
             request.started = begin if request.started is None else request.started
             self._ttft.observe(now - request.arrival)
+            self._latest_ttft.append(now - request.arrival)
             self._queue.observe(request.started - request.arrival)
             self._prefill.observe(now - request.started)
             self._prompt_tokens.inc(request.prompt_tokens)
         if delta.index in request.last:
             self._itl.observe(now - request.last[delta.index])
+            self._latest_itl.append(now - request.last[delta.index])
         request.last[delta.index] = now
 
     def _end(self, request_id: str, reason: FinishReason, now: float) -> None:
         request = self._requests.pop(request_id)
         self._success.labels(self._model, reason).inc()
+        self.num_finished += 1
         self._e2e.observe(now - request.arrival)
         if request.first is not None and request.started is not None:
             self._decode.observe(now - request.first)

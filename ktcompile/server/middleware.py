@@ -15,8 +15,8 @@ from ktcompile.log import logger
 from ktcompile.server.errors import ApiError
 from ktcompile.server.options import ServerOptions
 
-# What is answered without a key: whether the server is there.
-_OPEN = frozenset({"/health", "/ready"})
+# What is answered without a key: whether the server is there, and the page, which has no figures itself.
+_OPEN = frozenset({"/", "/health", "/ready"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 

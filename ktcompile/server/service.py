@@ -9,22 +9,26 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from starlette.requests import Request
 
-from ktcompile.engine.async_engine import AsyncEngine, StepError, UnavailableError
+from ktcompile import __version__
+from ktcompile.engine.async_engine import AsyncEngine, Health, StepError, UnavailableError
 from ktcompile.engine.outputs import FinishReason, Logprobs
 from ktcompile.engine.protocols import EngineLike
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.engine.structured import Grammar
 from ktcompile.log import logger
+from ktcompile.machine import machine
+from ktcompile.ops.threads import native_threads
 from ktcompile.scheduler.request import QueueFullError, RequestTooLongError
 from ktcompile.server.errors import ApiError, of_exception
 from ktcompile.server.metrics import ServerMetrics
 from ktcompile.server.options import ServerOptions
 from ktcompile.server.prompts import Prompts
 from ktcompile.server.sse import while_connected
+from ktcompile.server.status import Latency, Status
 
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta
@@ -33,6 +37,11 @@ if TYPE_CHECKING:
 
 Deltas = AsyncGenerator[list["Delta"], None]
 
+_STATES: dict[Health, Literal["ready", "draining", "failed"]] = {
+    Health.READY: "ready",
+    Health.DRAINING: "draining",
+    Health.DEAD: "failed",
+}
 # Why an answer that is sent whole is none.
 _FAILED: dict[str, tuple[int, str, str]] = {
     "timeout": (504, "the request's time was over before its answer was complete", "timeout"),
@@ -61,7 +70,7 @@ class Service:
     """Answers prompts for the endpoints.
 
     expert_metrics: where experts are, if any are on a device. defaults: of sampling parameters that a request leaves
-    out, by name; the model's own.
+    out, by name; the model's own. expert_counts: tokens that each expert of each layer was given.
     """
 
     def __init__(
@@ -71,10 +80,13 @@ class Service:
         *,
         defaults: dict[str, Any] | None = None,
         expert_metrics: Callable[[], ExpertMetrics | None] = lambda: None,
+        expert_counts: Callable[[], Sequence[Sequence[int]]] = tuple,
     ) -> None:
         self.options = options
         self.name = options.served_model_name or served_name(engine.model_name)
         self.created = int(time.time())
+        self._began = time.monotonic()
+        self._expert_counts = expert_counts
         self.defaults = defaults or {}
         self._tracing: Tracing | None = None
         if options.trace:
@@ -87,6 +99,32 @@ class Service:
         self.engine = AsyncEngine(engine, max_unread=options.max_unread, observer=self.metrics)
         self.max_model_len = engine.max_model_len
         self.vocab_size = engine.vocab_size
+
+    def status(self) -> Status:
+        """Return what the page at / shows."""
+        stats, metrics = self.engine.stats, self.metrics
+        ttft, itl = metrics.latencies()
+        return Status(
+            model=self.name,
+            version=__version__,
+            state=_STATES[self.engine.health],
+            isa=machine().isa,
+            threads=native_threads().count,
+            uptime_seconds=time.monotonic() - self._began,
+            requests_running=stats.num_running,
+            requests_waiting=stats.num_waiting,
+            requests_finished=metrics.num_finished,
+            requests_rejected=metrics.num_rejected,
+            preemptions=stats.num_preemptions,
+            prompt_tokens=stats.prompt_tokens,
+            generation_tokens=stats.generated_tokens,
+            kv_usage=stats.kv_usage,
+            kv_blocks=stats.num_blocks,
+            max_model_len=self.max_model_len,
+            ttft=Latency.of(ttft),
+            itl=Latency.of(itl),
+            expert_counts=self._expert_counts() or None,
+        )
 
     async def close(self) -> None:
         await self.engine.close()

@@ -250,6 +250,13 @@ NB_MODULE(_native, m) {
           },
           "expert"_a, "gate_up"_a, "gate_up_strides"_a, "down"_a, "down_strides"_a, "type"_a,
           nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("tokens",
+                   [](const kt::experts& self) {
+                     std::vector<std::uint64_t> counts;
+                     for (std::uint64_t& count : self.tokens)
+                       counts.push_back(__atomic_load_n(&count, __ATOMIC_RELAXED));
+                     return counts;
+                   })
       .def_prop_ro("slices",
                    [](const kt::experts& self) {
                      std::vector<std::size_t> sizes;

@@ -38,7 +38,7 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   set(format::int8_dyn, each_panel<gemm_int8_dyn<dot, 4>>);
   set(format::int4_dyn, each_panel<gemm_int4_dyn<dot>>);
   t.rows = rows;
-  t.int8_rows = {1, pack_int8_rows<int8_block, dot::unsigned_rows ? unsigned_codes : plain_codes>,
+  t.int8_rows = {1, pack_int8_rows < int8_block, dot::unsigned_rows ? unsigned_codes : plain_codes >,
                  activate<block<float, 1, 1>>};
   t.int4_rows = {1, pack_int8_rows<int8_block, int4_codes>, activate<block<float, 1, 1>>};
   t.quantize_rows = quantize_rows;

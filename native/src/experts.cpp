@@ -12,7 +12,8 @@ constexpr std::size_t slice_step = 128;
 
 }  // namespace
 
-experts::experts(const experts_shape& s, const weight_format& f, const std::vector<int>& nodes) : shape(s), format(f) {
+experts::experts(const experts_shape& s, const weight_format& f, const std::vector<int>& nodes)
+    : shape(s), format(f), tokens(static_cast<std::size_t>(s.num_experts)) {
   const std::size_t whole = s.intermediate_size, steps = (whole + slice_step - 1) / slice_step;
   const std::size_t count = std::clamp<std::size_t>(nodes.size(), 1, steps);
   for (std::size_t i = 0; i < count; ++i) {

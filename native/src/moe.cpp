@@ -381,6 +381,8 @@ std::string context::moe(const experts& e, const kernel_table& kernels, const mo
     const std::size_t first = a.tokens * i / count, tokens = a.tokens * (i + 1) / count - first;
     if (std::string wrong = bucket(a, first, tokens, e.shape.num_experts, scratch_->counts, route); !wrong.empty())
       return wrong;
+    for (std::size_t used = 0; used < route.expert.size(); ++used)
+      __atomic_fetch_add(&e.tokens[route.expert[used]], route.begin[used + 1] - route.begin[used], __ATOMIC_RELAXED);
     layer_run(e, kernels, a, first, tokens, route, *scratch_).run(pool_, places_);
   }
   return {};

@@ -25,6 +25,8 @@ struct experts {
   experts_shape shape;
   weight_format format;
   std::vector<expert_slice> slices;  // one for each node of memory
+  // Tokens that each expert was given, ever; read and added to atomically.
+  mutable std::vector<std::uint64_t> tokens;
 
   // `nodes`: where the slices lie; -1 is anywhere.
   experts(const experts_shape& shape, const weight_format& format, const std::vector<int>& nodes = {-1});
