@@ -165,6 +165,32 @@ def test_a_queue_has_an_end():
     assert other.scheduler.num_waiting == 8
 
 
+def test_nobody_waits_longer_than_may_be():
+    one = world(max_num_seqs=1, max_queued_requests=100, max_queue_seconds=10.0)
+    one.add(client(0, 4, 2))
+    ranges(one)
+    for order in (1, 2, 3):  # nobody waited so far: how long they would is not known
+        one.add(client(order, 4, 2))
+    for _ in range(2):
+        one.now += 2.0  # each takes two steps of two seconds
+        ranges(one)
+    with pytest.raises(
+        QueueFullError, match="3 requests wait, and one more would for about 12 s; it may for 10"
+    ) as full:
+        for order in range(4, 30):
+            one.now += 2.0
+            ranges(one)
+            one.add(client(order, 4, 2))
+            one.add(client(order + 100, 4, 2))
+    assert 1 <= full.value.retry_after <= 60
+    waiting = one.scheduler.num_waiting
+    while waiting:  # once fewer wait there is room again
+        one.now += 2.0
+        ranges(one)
+        waiting = one.scheduler.num_waiting
+    one.add(client(1000, 4, 2))
+
+
 def test_when_to_try_again_is_what_waits_by_the_speed_of_prompts():
     one = world(max_num_seqs=1, max_queued_requests=2)
     one.add(client(0, 16, 20))

@@ -41,6 +41,7 @@ _HELP = {
     "chunk_size": "prompts are cut at multiples of it",
     "max_queued_requests": "sequences that may wait",
     "max_queued_tokens": "their tokens together",
+    "max_queue_seconds": "that a request may be expected to wait; 0: any time",
     "kv_cache_memory": "for keys and values, as 4G (default: a third of what is free)",
     "kv_format": "of keys and values: auto, or int8",
     "weight_format": "of experts: auto (as in the model), or a name of `ktc generate --help`",

@@ -30,7 +30,7 @@ Prompt = str | Mapping[str, Any]
 _Tokens = tuple[str | None, list[int]]  # the text of a prompt, if it has one, and its tokens
 
 # All prompts of a call wait at once.
-_UNBOUNDED = {"max_queued_requests": sys.maxsize, "max_queued_tokens": sys.maxsize}
+_UNBOUNDED = {"max_queued_requests": sys.maxsize, "max_queued_tokens": sys.maxsize, "max_queue_seconds": 0.0}
 
 
 class LLM:

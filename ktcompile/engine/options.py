@@ -30,6 +30,7 @@ class EngineOptions(DeviceOptions):
     chunk_size: int = 256
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
+    max_queue_seconds: float = 60.0
     kv_cache_memory: int | None = None
     kv_format: str = _AUTO
     weight_format: str = _AUTO
@@ -57,4 +58,5 @@ class EngineOptions(DeviceOptions):
             chunk_size=self.chunk_size,
             max_queued_requests=self.max_queued_requests,
             max_queued_tokens=self.max_queued_tokens,
+            max_queue_seconds=self.max_queue_seconds,
         )

@@ -14,7 +14,7 @@ class SchedulerOptions:
     max_num_seqs: sequences that are computed. max_num_batched_tokens: tokens of a step. max_model_len: positions of a
     sequence. block_size: positions of a block of keys and values. chunk_size: a prefill is cut at multiples of it
     alone, counted from position 0, whatever else runs. max_queued_requests, max_queued_tokens: what may wait, in
-    number and in tokens to compute.
+    number and in tokens to compute. max_queue_seconds: how long one that comes would likely wait; 0: any time.
     """
 
     max_num_seqs: int = 64
@@ -24,12 +24,13 @@ class SchedulerOptions:
     chunk_size: int = 256
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
+    max_queue_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be 1 or more")
+            value, least = getattr(self, name), 0 if name == "max_queue_seconds" else 1
+            if not value >= least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more")
         least = self.max_num_seqs - 1 + self.chunk_size
         if self.max_num_batched_tokens < least:
             raise ValueError(
@@ -60,6 +61,9 @@ def may_start(num_tokens: int, num_free: int, num_running: int, block_size: int)
 
 def seconds_until(tokens: int, tokens_per_second: float | None) -> float:
     """Return how long `tokens` take, from 1 to 60 s; 1 s where nothing was measured yet."""
-    if tokens_per_second is None:
-        return 1.0
-    return min(60.0, max(1.0, tokens / tokens_per_second))
+    return 1.0 if tokens_per_second is None else until(tokens / tokens_per_second)
+
+
+def until(seconds: float) -> float:
+    """Return a time that a client may be told to wait, from 1 to 60 s."""
+    return min(60.0, max(1.0, seconds))

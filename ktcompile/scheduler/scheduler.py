@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.kv.layout import blocks_for
 from ktcompile.scheduler.batch import Chunk, Step
-from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until
+from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until, until
 from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
 
-# How much the newest step counts in the measured speed of prompts.
+# How much the newest step counts in the measured speed of prompts, and the newest start in the time between starts.
 _WEIGHT_OF_NEWEST = 0.2
 
 
@@ -44,6 +44,9 @@ class Scheduler:
         # Requests that ended during a step, whose blocks it may still write to.
         self._leaving: list[Request] = []
         self._prompt_rate: float | None = None  # tokens per second
+        # Seconds from one request's start to the next one's while others wait, and the step of the last that left some.
+        self._start_gap: float | None = None
+        self._started_full: float | None = None
         self.num_preemptions = 0
 
     @property
@@ -182,6 +185,8 @@ class Scheduler:
             chunk, budget = self._prefill(request, budget)
             assert chunk is not None
             chunks.append(chunk)
+        if chunks:
+            self._measure_starts(len(chunks))
         return chunks
 
     def _prefill(self, request: Request, budget: int) -> tuple[Chunk | None, int]:
@@ -224,6 +229,13 @@ class Scheduler:
 
     def _check_queue(self, num_tokens: int) -> None:
         options, queued = self._options, self.num_queued_tokens
+        wait = self._expected_wait()
+        if 0 < options.max_queue_seconds < wait:
+            raise QueueFullError(
+                f"{self.num_waiting} requests wait, and one more would for about {wait:.0f} s; it may for "
+                f"{options.max_queue_seconds:g}",
+                until(wait - options.max_queue_seconds),
+            )
         full = self.num_waiting >= options.max_queued_requests
         if not full and (not queued or queued + num_tokens <= options.max_queued_tokens):
             return
@@ -231,6 +243,23 @@ class Scheduler:
         waiting = f"{self.num_waiting} requests with {queued} tokens wait"
         limits = f"{options.max_queued_requests} and {options.max_queued_tokens} may"
         raise QueueFullError(f"{waiting}; {limits}", seconds_until(ahead, self._prompt_rate))
+
+    def _expected_wait(self) -> float:
+        """Return the seconds until a request that came now would run, by how fast those before it began."""
+        if not self._waiting or self._started_full is None:
+            return 0.0
+        gap = self._start_gap
+        if gap is None:  # none has followed yet: as if all that run had ended by now
+            gap = (self._clock() - self._started_full) / max(1, self.num_running)
+        return self.num_waiting * gap
+
+    def _measure_starts(self, count: int) -> None:
+        """Note how fast requests begin while others wait. count: those that began in this step."""
+        if self._started_full is not None:
+            gap = (self._step_begin - self._started_full) / count
+            before = gap if self._start_gap is None else self._start_gap
+            self._start_gap = before + _WEIGHT_OF_NEWEST * (gap - before)
+        self._started_full = self._step_begin if self._waiting else None
 
     def _measure(self, step: Step) -> None:
         """Note how fast prompts are computed."""
