@@ -22,7 +22,7 @@ def test_a_server_at_a_url(capsys, tmp_path):
     out, png = tmp_path / "out.json", tmp_path / "out.png"
     files = ["--json", str(out), "--plot", str(png)]
     with running(first=0.01) as url:
-        assert cli.main([*BENCH, "--url", f"{url}/v1", *SMALL, *files, "--slo", "ttft=50s,itl=0.001ms"]) == 0
+        assert cli.main([*BENCH, "--url", f"{url}/v1", *SMALL, *files, "--slo", "ttft=0.001ms,itl=50s"]) == 0
     printed, err = capsys.readouterr()
     report = ServeReport.from_json(json.loads(out.read_text()))
     (run,) = report.runs
