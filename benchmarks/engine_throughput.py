@@ -1,8 +1,8 @@
 """Time the engine on a whole model: tokens per second by how many requests run at a time, and what a step takes beside
 the model.
 
-    python benchmarks/engine_throughput.py --model /tmp/model
-    python benchmarks/engine_throughput.py --model /tmp/model --concurrent 1 8 16 --prompt 128 --tokens 64 --rounds 3
+    python benchmarks/engine_throughput.py --model MODEL
+    python benchmarks/engine_throughput.py --model MODEL --concurrent 1 8 16 --prompt 128 --tokens 64 --rounds 3
 
 All requests of a run come at once. Runs of the numbers of requests take turns; each figure is the best of all rounds,
 since what else runs on a machine only adds. "cpu" is the process's time on all threads. Of the steps in which all
