@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktcompile.cli import bench_model, bench_serve
-from ktcompile.cli.bench_session import replot, session, write
-from ktcompile.plan.files import check_writable
+from ktcompile.cli.bench_session import check_outputs, replot, session, write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,13 +82,7 @@ def run_kernels(args: argparse.Namespace) -> int:
         for name, shape in PRESETS.items():
             print(f"{name:20} {shape}")
         return 0
-    for path in (args.out, args.plot):
-        if path:
-            check_writable(path)
-    if args.plot:
-        from ktcompile.bench import plot
-
-        plot.check()
+    check_outputs(args.out, args.plot)
     if args.replot:
         return _replot(args)
     report = _measure(_benchmark(args), args.out)

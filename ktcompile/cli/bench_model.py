@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli.bench_session import pairs, replot, session, write
+from ktcompile.cli.bench_session import check_outputs, pairs, replot, session, write
 from ktcompile.cli.sizes import human
-from ktcompile.plan.files import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,13 +75,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run_model(args: argparse.Namespace) -> int:
     """Run `ktc bench model`."""
-    for path in (args.json, args.plot):
-        if path:
-            check_writable(path)
-    if args.plot:
-        from ktcompile.bench import plot
-
-        plot.check()
+    check_outputs(args.json, args.plot)
     if args.replot:
         return _replot(args)
     from ktcompile.bench.model import run

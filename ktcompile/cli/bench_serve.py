@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli.bench_session import pairs, replot, session, write
-from ktcompile.plan.files import check_writable
+from ktcompile.cli.bench_session import check_outputs, pairs, replot, session, write
 
 if TYPE_CHECKING:
     from ktcompile.bench.serve.arrivals import Arrivals
@@ -98,13 +97,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def run_serve(args: argparse.Namespace) -> int:
     """Run `ktc bench serve`."""
-    for path in (args.json, args.plot):
-        if path:
-            check_writable(path)
-    if args.plot:
-        from ktcompile.bench import plot
-
-        plot.check()
+    check_outputs(args.json, args.plot)
     if args.replot:
         from ktcompile.bench.serve.report import ServeReport
 

@@ -15,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ktcompile.plan.files import check_writable
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -121,3 +123,14 @@ def _machine(threads: int, libraries: Iterable[str]) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version_of(name) for name in libraries}},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def check_outputs(results: Path | None, picture: Path | None) -> None:
+    """ValueError: a file that results or a plot are asked for in cannot be written, or nothing here can draw."""
+    for path in (results, picture):
+        if path:
+            check_writable(path)
+    if picture:
+        from ktcompile.bench import plot
+
+        plot.check()

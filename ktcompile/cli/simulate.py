@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktcompile.plan.files import check_writable
+from ktcompile.cli.bench_session import check_outputs
 
 if TYPE_CHECKING:
     from ktcompile.plan.facts import ModelFacts
@@ -105,13 +105,7 @@ def _check(args: argparse.Namespace) -> None:
     for percent in args.fractions:
         if not 0 <= percent <= 100:
             raise ValueError(f"--fractions has {percent:g}; it must be from 0 to 100 percent")
-    for path in (args.out, args.plot):
-        if path:
-            check_writable(path)
-    if args.plot:
-        from ktcompile.bench import plot
-
-        plot.check()
+    check_outputs(args.out, args.plot)
 
 
 def _traffic(args: argparse.Namespace, facts: ModelFacts) -> tuple[Trace, RoutingProfile | None]:

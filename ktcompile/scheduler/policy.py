@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ktcompile.kv.layout import blocks_for
 
+# How much the newest value counts in an average of the last.
+_WEIGHT_OF_NEWEST = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOptions:
@@ -62,6 +65,11 @@ def may_start(num_tokens: int, num_free: int, num_running: int, block_size: int)
 def seconds_until(tokens: int, tokens_per_second: float | None) -> float:
     """Return how long `tokens` take, from 1 to 60 s; 1 s where nothing was measured yet."""
     return 1.0 if tokens_per_second is None else until(tokens / tokens_per_second)
+
+
+def smoothed(before: float | None, newest: float) -> float:
+    """Return a moving average of what is measured step by step; None: nothing was so far."""
+    return newest if before is None else before + _WEIGHT_OF_NEWEST * (newest - before)
 
 
 def until(seconds: float) -> float:

@@ -17,11 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.kv.layout import blocks_for
 from ktcompile.scheduler.batch import Chunk, Step
-from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until, until
+from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until, smoothed, until
 from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
-
-# How much the newest step counts in the measured speed of prompts, and the newest start in the time between starts.
-_WEIGHT_OF_NEWEST = 0.2
 
 
 class Scheduler:
@@ -256,9 +253,7 @@ class Scheduler:
     def _measure_starts(self, count: int) -> None:
         """Note how fast requests begin while others wait. count: those that began in this step."""
         if self._started_full is not None:
-            gap = (self._step_begin - self._started_full) / count
-            before = gap if self._start_gap is None else self._start_gap
-            self._start_gap = before + _WEIGHT_OF_NEWEST * (gap - before)
+            self._start_gap = smoothed(self._start_gap, (self._step_begin - self._started_full) / count)
         self._started_full = self._step_begin if self._waiting else None
 
     def _measure(self, step: Step) -> None:
@@ -266,9 +261,7 @@ class Scheduler:
         seconds = self._clock() - self._step_begin
         if seconds <= 0 or all(len(chunk.token_ids) == 1 for chunk in step.chunks):
             return
-        rate = step.num_tokens / seconds
-        before = rate if self._prompt_rate is None else self._prompt_rate
-        self._prompt_rate = before + _WEIGHT_OF_NEWEST * (rate - before)
+        self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
 
 
 def _chunk(request: Request, end: int) -> Chunk:
