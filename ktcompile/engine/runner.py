@@ -135,8 +135,11 @@ class ModelRunner:
 
 
 def _no_guards(guards: Sequence[Any]) -> list[bool]:
-    """Return that none of Dynamo's guards is looked at. The model is the engine's own, each step has the same kinds of
-    tensors, and `_check` sees that what was traced for one number of tokens is right for fewer, for more and for one."""
+    """Return that none of Dynamo's guards is looked at.
+
+    The model is the engine's own, each step has tensors of the same kinds, and `_check` sees that what was traced for
+    one number of tokens is right for fewer, for more and for one.
+    """
     return [False] * len(guards)
 
 
