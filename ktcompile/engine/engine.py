@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What a step added to one answer of a request.
 
     index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer
@@ -144,7 +143,8 @@ class Engine:
         request = _Request(request_id, prompt_ids, params)
         for index in range(params.n):
             completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
-            request.answers[f"{request_id}/{index}"] = _Answer(request, completion, index)
+            name = f"{request_id}/{index}"
+            request.answers[name] = _Answer(request, name, completion, index)
         asked = params.prompt_logprobs is not None
         added: list[str] = []
         try:
@@ -213,27 +213,28 @@ class Engine:
 
     def _compute(self, step: Step, sampled: dict[str, int], deltas: list[Delta]) -> None:
         logits, places = self._runner.run(step)
-        chosen: list[tuple[_Answer, str]] = []
+        chosen: list[_Answer] = []
         rows: list[int] = []
         for i, chunk in enumerate(step.chunks):
             answer = self._answers[chunk.request_id]
             if answer.request.params.prompt_logprobs is not None:
                 answer.note_prompt(chunk, logits[places[i] : places[i + 1]])
             if chunk.samples:
-                chosen.append((answer, chunk.request_id))
+                chosen.append(answer)
                 rows.append(places[i + 1] - 1)
         if not chosen:
             return
         wanted = logits if rows == list(range(len(logits))) else logits[rows]
-        tokens = _sample(wanted, [answer.completion.state for answer, _ in chosen])
-        for (answer, name), token in zip(chosen, tokens, strict=True):
+        tokens = _sample(wanted, [answer.completion.state for answer in chosen])
+        for answer, token in zip(chosen, tokens, strict=True):
+            name = answer.name
             if token is None:
                 deltas.append(self._end(name, "error"))
             else:
                 sampled[name] = token.token_id
-                deltas.append(self._take(answer, name, token))
+                deltas.append(self._take(answer, token))
 
-    def _take(self, answer: _Answer, name: str, token: Sampled) -> Delta:
+    def _take(self, answer: _Answer, token: Sampled) -> Delta:
         """Add a token to an answer, and return what it becomes."""
         request, completion = answer.request, answer.completion
         text = completion.add(token)
@@ -245,8 +246,8 @@ class Engine:
             if request.params.prompt_logprobs is not None and answer.index == 0:
                 of_prompt = [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
         if completion.finish_reason is not None:
-            self._scheduler.finish(name)
-            self._forget(name)
+            self._scheduler.finish(answer.name)
+            self._forget(answer.name)
         return answer.delta(text, (token.token_id,), completion.last_logprobs, of_prompt)
 
     def _end(self, name: str, reason: FinishReason) -> Delta:
@@ -292,9 +293,11 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """One answer. of_prompt: what was asked for of the prompt's tokens behind the first, as far as it is known."""
+    """One answer. name: as the scheduler knows it. of_prompt: what was asked for of the prompt's tokens behind the
+    first, as far as it is known."""
 
     request: _Request
+    name: str
     completion: Completion
     index: int
     began: bool = False

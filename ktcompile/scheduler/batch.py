@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Positions [begin, end) of one request.
 
     token_ids: of these positions. block_table: the blocks of positions [0, end) and perhaps of some behind.

@@ -34,7 +34,7 @@ class Request:
     deadline: float | None = None
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: tuple[int, ...] = ()
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
@@ -52,4 +52,5 @@ class Request:
     @property
     def decodes(self) -> bool:
         """Whether all is computed but the token that was sampled last."""
-        return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
+        known = len(self.token_ids)
+        return known - self.num_computed_tokens == 1 and known > self.num_prompt_tokens

@@ -153,18 +153,18 @@ class Scheduler:
         """Return chunks of requests that run, and how many tokens prompts behind them may have; add to `preempted`."""
         chunks: list[Chunk] = []
         # The tokens of those that decode are set aside.
-        budget = self._options.max_num_batched_tokens - sum(request.decodes for request in self._running)
+        decoding = [request.decodes for request in self._running]
+        budget = self._options.max_num_batched_tokens - sum(decoding)
         position = 0
         # The list becomes shorter at its end: blocks go to the oldest first, so what is preempted has no chunk yet.
         while position < len(self._running):
             request = self._running[position]
             position += 1
-            chunk: Chunk | None = None
-            if not request.decodes:
+            if not decoding[position - 1]:
                 chunk, budget = self._prefill(request, budget)
+                chunks += [chunk] if chunk else []
             elif self._grow(request, preempted):
-                chunk = _chunk(request, len(request.token_ids))
-            chunks += [chunk] if chunk else []
+                chunks.append(_chunk(request, len(request.token_ids)))
         return chunks, budget
 
     def _start_waiting(self, budget: int) -> list[Chunk]:
@@ -177,7 +177,7 @@ class Scheduler:
                 break
             blocks = self._pool.take(blocks_for(total, options.block_size))
             assert blocks is not None
-            request.block_table = blocks
+            request.block_table = tuple(blocks)
             self._running.append(self._waiting.popleft())
             chunk, budget = self._prefill(request, budget)
             assert chunk is not None
@@ -202,12 +202,12 @@ class Scheduler:
             preempted.append(youngest.request_id)
             if youngest is request:
                 return False
-        request.block_table += blocks
+        request.block_table += tuple(blocks)
         return True
 
     def _preempt(self, request: Request) -> None:
         self._pool.release(request.block_table)
-        request.block_table, request.num_computed_tokens = [], 0
+        request.block_table, request.num_computed_tokens = (), 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(request)
@@ -259,9 +259,8 @@ class Scheduler:
     def _measure(self, step: Step) -> None:
         """Note how fast prompts are computed."""
         seconds = self._clock() - self._step_begin
-        if seconds <= 0 or all(len(chunk.token_ids) == 1 for chunk in step.chunks):
-            return
-        self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
+        if seconds > 0 and step.num_tokens > len(step.chunks):
+            self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
 
 
 def _chunk(request: Request, end: int) -> Chunk:
@@ -270,7 +269,7 @@ def _chunk(request: Request, end: int) -> Chunk:
         request.request_id,
         tuple(request.token_ids[begin:end]),
         begin,
-        tuple(request.block_table),
+        request.block_table,
         logits_from=min(end, max(begin, request.logits_from)),
         samples=end == len(request.token_ids),
     )
