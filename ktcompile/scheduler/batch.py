@@ -26,12 +26,23 @@ class Chunk(NamedTuple):
         return self.begin + len(self.token_ids)
 
 
+class Start(NamedTuple):
+    """A request that begins. num_cached_tokens: of its prompt, which others had computed before."""
+
+    request_id: str
+    num_cached_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is computed together, the oldest request first. preempted: requests that gave up their blocks for it."""
+    """What is computed together, the oldest request first.
+
+    preempted: requests that gave up their blocks for it. started: those that never ran before.
+    """
 
     chunks: tuple[Chunk, ...]
-    preempted: tuple[str, ...]
+    preempted: tuple[str, ...] = ()
+    started: tuple[Start, ...] = ()
 
     @property
     def num_tokens(self) -> int:
