@@ -27,7 +27,6 @@ from ktcompile.scheduler.batch import Chunk, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GIVEN = frozenset({"input_ids", "position_ids", "slot_mapping", "rows"})
 # Where neither the model nor an option says.
 _LONGEST = 32768
 
@@ -52,7 +51,7 @@ class ModelRunner:
         longest = _longest(model, options)
         kv_format = _format(options, calls[0].dtype)
         layers = [layer_kv(kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
-        sequences = max(2, options.max_num_seqs)  # two are run to check the model
+        sequences = max(3, options.max_num_seqs)  # three are run to check the model
         needed = sequences * blocks_for(longest, options.block_size)
         budget = default_budget() if options.kv_cache_memory is None else options.kv_cache_memory
         self.num_blocks = min(needed, num_blocks(budget, layers, options.block_size))
@@ -99,7 +98,7 @@ class ModelRunner:
             "weights": "take",
             "weight_format": options.weight_format,
             "dense_format": options.dense_format,
-            "guard_filter_fn": _guards_of_steps,
+            "guard_filter_fn": _no_guards,
         }
         compiled: Callable[..., Tensor] = torch.compile(
             _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
@@ -107,17 +106,18 @@ class ModelRunner:
         return compiled
 
     def _check(self, options: EngineOptions) -> None:
-        """Run the two shapes of steps once, and see that a token's logits are its own in any company.
+        """Run steps of several shapes once, and see that a token's logits are its own in any company.
 
         UnsupportedModelError: they are others, so layers keep something that is not in the blocks, or mix tokens.
         """
         size = options.block_size
         behind = blocks_for(3, size)  # those of the first sequence
-        if behind + blocks_for(2, size) > self.num_blocks or self.max_model_len < 3:
+        last = behind + blocks_for(2, size)
+        if last + behind > self.num_blocks or self.max_model_len < 3:
             raise ValueError(f"{self.num_blocks} blocks of {size} positions are too few; raise kv_cache_memory")
-        both = _step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size))
-        self.run(both)  # the first call checks the kernels, and runs operation by operation
-        together = self.run(both).values
+        both = _chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size)
+        self.run(_step(*both))  # the first call is traced and checks the kernels, and runs operation by operation
+        together = self.run(_step(*both, _chunk("c", (6, 7, 8), last, size))).values
         alone = self.run(_step(_chunk("a", (3,), 0, size, begin=2))).values
         apart = self.run(_step(_chunk("b", (4, 5), behind, size))).values
         pairs = ((alone[0], together[0]), (apart[0], together[1]))
@@ -134,10 +134,10 @@ class ModelRunner:
             warn_once(f"{name} rounds a token's logits otherwise in other company (relative error {error:.2g})")
 
 
-def _guards_of_steps(guards: Sequence[Any]) -> list[bool]:
-    """Return which of Dynamo's guards are looked at in each step: those of what a step is given. The model is the
-    engine's own, and looking at all of its modules takes 0.2 ms a layer."""
-    return [g.guard_type == "SHAPE_ENV" or g.name in _GIVEN for g in guards]
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    """Return that none of Dynamo's guards is looked at. The model is the engine's own, each step has the same kinds of
+    tensors, and `_check` sees that what was traced for one number of tokens is right for fewer, for more and for one."""
+    return [False] * len(guards)
 
 
 def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
