@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ktcompile.cache.key import root
 from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
+from ktcompile.engine.namespace import namespace_of
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import FinishReason, Logprobs
 from ktcompile.engine.runner import ModelRunner
@@ -36,6 +39,7 @@ class Delta(NamedTuple):
     index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer
     included. logprobs: one for each of these; None: they were not asked for. finish_reason, stop_reason: as of
     `ktcompile.engine.outputs.CompletionOutput`. prompt_logprobs: with the first delta of answer 0, if asked for.
+    num_cached_tokens: of the prompt, those that this answer did not compute when it began.
     """
 
     request_id: str
@@ -47,6 +51,7 @@ class Delta(NamedTuple):
     stop_reason: int | str | None
     num_prompt_tokens: int
     prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,7 @@ class EngineStats:
 
     num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is
     held, 0 to 1. prompt_tokens, generated_tokens: of answers that began to come, and of all answers.
+    prefix_cache_queries, prefix_cache_hits: tokens of prompts that began to run, and those that were not computed then.
     """
 
     num_running: int
@@ -66,6 +72,8 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steps: int
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
 class Engine:
@@ -107,12 +115,23 @@ class Engine:
         self.vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
         self._runner = ModelRunner(model, options)
         self.max_model_len = self._runner.max_model_len
+        self.namespace = namespace_of(
+            model,
+            tokenizer,
+            options,
+            self._runner.kv_format.name,
+            self._runner.layers,
+            weights=secrets.token_hex(),  # nobody else's: the blocks are gone with this engine
+        )
+        self._caches = options.enable_prefix_caching
+        self._secret = secrets.token_bytes()
         self._pool = BlockPool(self._runner.num_blocks)
         self._scheduler = Scheduler(options.scheduler_options(self.max_model_len), self._pool, clock)
         self._requests: dict[str, _Request] = {}
         self._answers: dict[str, _Answer] = {}  # by the name that the scheduler knows
         self._ended: list[Delta] = []  # between steps
         self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self.last_step: Step | None = None  # what the last `step` computed
 
     @property
     def has_requests(self) -> bool:
@@ -127,11 +146,13 @@ class Engine:
         *,
         prompt: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> None:
         """Let a request wait for its turn; `params.n` answers are computed side by side.
 
         Answers are at most as long as positions are left. prompt: its text, for messages. deadline: by the engine's
-        clock, time.monotonic; what has not ended then ends with "timeout". QueueFullError: too much waits.
+        clock, time.monotonic; what has not ended then ends with "timeout". cache_salt: keys and values are shared only
+        with requests of the same one. QueueFullError: too much waits.
         RequestTooLongError: there are no positions or blocks for it. ValueError: the prompt is empty or has tokens that
         the model lacks, params do, or the id is in use.
         """
@@ -139,6 +160,7 @@ class Engine:
             raise ValueError(f"request {request_id!r} is served already; give each its own id")
         prompt_ids = [int(token) for token in prompt_token_ids]
         limit = self._limit(prompt_ids, params)
+        parent = root(self.namespace, cache_salt, self._secret) if self._caches else None
         ends = end_tokens(self.model)
         request = _Request(request_id, prompt_ids, params)
         for index in range(params.n):
@@ -149,8 +171,14 @@ class Engine:
         added: list[str] = []
         try:
             for name, answer in request.answers.items():
-                with_logits = asked and answer.index == 0
-                self._scheduler.add(name, prompt_ids, limit, deadline=deadline, prompt_logits=with_logits)
+                self._scheduler.add(
+                    name,
+                    prompt_ids,
+                    limit,
+                    deadline=deadline,
+                    prompt_logits=asked and answer.index == 0,
+                    root=parent,
+                )
                 added.append(name)
         except (QueueFullError, ValueError):
             for name in added:
@@ -173,7 +201,7 @@ class Engine:
         for name in self._scheduler.expire():
             self._ended.append(self._close(name, "timeout"))
         deltas, self._ended = self._ended, []
-        step = self._scheduler.schedule()
+        step = self.last_step = self._scheduler.schedule()
         if step is not None:
             self._run(step, deltas)
             self._steps += 1
@@ -191,10 +219,14 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,
+            prefix_cache_queries=self._scheduler.prefix_cache_queries,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
         )
 
     def _run(self, step: Step, deltas: list[Delta]) -> None:
         """Run a step and add to `deltas`. Whatever happens, the scheduler learns that the step is over."""
+        for start in step.started:
+            self._answers[start.request_id].num_cached_tokens = start.num_cached_tokens
         sampled: dict[str, int] = {}
         try:
             self._compute(step, sampled, deltas)
@@ -252,7 +284,10 @@ class Engine:
 
     def _end(self, name: str, reason: FinishReason) -> Delta:
         """End an answer that the scheduler still has."""
-        self._scheduler.finish(name)
+        if reason == "error":
+            self._scheduler.discard(name)
+        else:
+            self._scheduler.finish(name)
         return self._close(name, reason)
 
     def _close(self, name: str, reason: FinishReason) -> Delta:
@@ -301,6 +336,7 @@ class _Answer:
     completion: Completion
     index: int
     began: bool = False
+    num_cached_tokens: int = 0
     of_prompt: list[Logprobs] = field(default_factory=list)
 
     def note_prompt(self, chunk: Chunk, logits: Tensor) -> None:
@@ -328,6 +364,7 @@ class _Answer:
             self.completion.stop_reason,
             len(self.request.prompt_ids),
             of_prompt,
+            self.num_cached_tokens,
         )
 
 

@@ -41,7 +41,8 @@ class StepLogits(NamedTuple):
 class ModelRunner:
     """A model with memory for keys and values of many sequences.
 
-    num_blocks, max_model_len: what that memory holds, and how long a sequence may be. UnsupportedModelError: the model
+    num_blocks, max_model_len: what that memory holds, and how long a sequence may be. kv_format, layers: what it keeps
+    of each position. UnsupportedModelError: the model
     cannot run over blocks. ValueError: there is no memory for one block.
     """
 
@@ -49,15 +50,16 @@ class ModelRunner:
         self.model = model
         calls = attention_calls(model)
         longest = _longest(model, options)
-        kv_format = _format(options, calls[0].dtype)
-        layers = [layer_kv(kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
+        self.kv_format = _format(options, calls[0].dtype)
+        layers = [layer_kv(self.kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
         sequences = max(3, options.max_num_seqs)  # three are run to check the model
         needed = sequences * blocks_for(longest, options.block_size)
         budget = default_budget() if options.kv_cache_memory is None else options.kv_cache_memory
         self.num_blocks = min(needed, num_blocks(budget, layers, options.block_size))
         self.max_model_len = min(longest, self.num_blocks * options.block_size)
         self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
-        storage = allocate(kv_format, layers, self.num_blocks, options.block_size)
+        self.layers = tuple(layers)
+        storage = allocate(self.kv_format, layers, self.num_blocks, options.block_size)
         self._layers = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
         self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
         self._forward = self._of(options)
