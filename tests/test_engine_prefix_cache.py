@@ -13,7 +13,7 @@ from helpers.text_model import build_model
 from torch import Tensor
 
 from ktcompile.engine.engine import Engine
-from ktcompile.engine.runner import ModelRunner, StepLogits
+from ktcompile.engine.runner import StepLogits
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.scheduler.batch import Step
 
