@@ -37,7 +37,10 @@ WITHOUT_TORCH = (
     "ktcompile.plan",
     "ktcompile.kv.block_pool",
     "ktcompile.kv.layout",
-    "ktcompile.cache.policy",
+    "ktcompile.cache.block",
+    "ktcompile.cache.leaf_first",
+    "ktcompile.cache.lru",
+    "ktcompile.cache.polic",
     "ktcompile.cache.key",
     "ktcompile.scheduler",
 )

@@ -1,0 +1,1 @@
+"""The prefix cache: which keys and values of earlier prompts are kept, where, and for how long."""
