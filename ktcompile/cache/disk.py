@@ -152,7 +152,7 @@ class DiskStore:
             return True
 
     def pin(self, key: bytes, until: float) -> bool:
-        """Keep a record, and so those before it, until a time; 0: no longer. False: there is none, or it is not ours."""
+        """Keep a record, and so those before it, until a time; 0: no longer. False: there is none, or we do not write."""
         with self._changing, self._lock:
             entry = self._tree.get(key)
             if entry is None or not self.writer:

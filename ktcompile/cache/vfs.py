@@ -15,7 +15,7 @@ _LOCK = "lock"
 
 
 class Folder(Protocol):
-    """Files of one folder, by their names. Methods raise OSError; `read` and `write` may do less than they were asked."""
+    """Files of one folder, by their names. Methods raise OSError; `read` and `write` may do less than asked."""
 
     def files(self) -> list[tuple[str, int]]:
         """Return names and sizes."""
