@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import struct
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,10 +264,8 @@ def test_after_a_crash_at_the_nth_operation_each_state_of_the_disk_is_sound(sync
     states = 0
     for n in itertools.count(1):
         disk, fault = Disk(), Fault(n, "crash")
-        try:
+        with suppress(Crash):
             scenario(disk, fault, sync)
-        except Crash:
-            pass
         done = not fault.fired
         seen = set()
         for state in disk.crash_states():
