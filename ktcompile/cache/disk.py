@@ -77,6 +77,11 @@ class DiskStore:
     def __len__(self) -> int:
         return len(self._tree)
 
+    def has(self, key: bytes) -> bool:
+        """Return whether there is a record by a key; nobody asked for it."""
+        with self._lock:
+            return key in self._tree
+
     def find(self, block: BlockId) -> bool:
         """Return whether there is a record by a block's key, and say that it was asked for."""
         with self._lock:
@@ -124,12 +129,12 @@ class DiskStore:
     def put(self, block: BlockId, layout: str, payload: memoryview, sum_: bytes) -> bool:
         """Return whether there is a record of a block from now on, as there may have been. sum_: of `payload`."""
         if self._refuses(block):
-            return block.key in self._tree
+            return self.has(block.key)
         number, stored = codec.encode(payload, self._options.width)
         header = Header(block, layout, number, len(payload), len(stored), checksum(stored), sum_)
         with self._changing:
             if self._refuses(block) or not self._writes.allows():
-                return block.key in self._tree
+                return self.has(block.key)
             entry = entry_of(header, self._now())
             try:
                 fits = self._make_room(entry)
@@ -152,7 +157,7 @@ class DiskStore:
             return True
 
     def pin(self, key: bytes, until: float) -> bool:
-        """Keep a record, and so those before it, until a time; 0: no longer. False: there is none, or we do not write."""
+        """Keep a record, and those before it, until a time; 0: no longer. False: there is none, or it is not ours."""
         with self._changing, self._lock:
             entry = self._tree.get(key)
             if entry is None or not self.writer:

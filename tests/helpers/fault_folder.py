@@ -69,8 +69,8 @@ class Fault:
     """What goes wrong at operation `at`, counted from 1 over all that `of` names (None: all of them).
 
     kind: an errno, "crash", "short" (a read or write does less than it was asked for), "nothing" (it does nothing and
-    says so), "after" (it is done, and then says that it failed), or "flip" (a bit that was read is wrong). sticky: so do
-    all later ones.
+    says so), "after" (it is done, and then says that it failed), or "flip" (a bit that was read is wrong). sticky: so
+    do all later ones.
     """
 
     at: int
