@@ -84,6 +84,11 @@ class HostStore:
     def __len__(self) -> int:
         return len(self._tree)
 
+    def has(self, key: bytes) -> bool:
+        """Return whether a block is here, or is being written; nobody asked for it."""
+        with self._lock:
+            return key in self._tree
+
     def find(self, block: BlockId) -> int | None:
         """Return how often a block was a hit before, None where it is not here; say that it was asked for."""
         with self._lock:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from ktcompile.cache.block_id import BlockId
@@ -16,6 +17,7 @@ from ktcompile.cache.counters import Counters
 from ktcompile.cache.disk import DiskStore
 from ktcompile.cache.host import HostStore, Reserved
 from ktcompile.cache.promotion import Promotion
+from ktcompile.cache.record import checksum
 from ktcompile.cache.workers import Workers
 
 HOST, DISK = "host", "disk"
@@ -107,7 +109,7 @@ class Tiers:
         for i, block in enumerate(blocks):
             # In order, so that none is refused since its parent comes later. None: it is in the host, or gets no place.
             reserved = self._host.reserve(block)
-            if not self._loaders.submit(lambda i=i, reserved=reserved: self._load(promotion, i, reserved)):
+            if not self._loaders.submit(partial(self._load, promotion, i, reserved)):
                 self._counters.add("dropped")
                 self._fail(promotion, i, reserved)
                 break
@@ -133,7 +135,7 @@ class Tiers:
         disk, until = self._disk, self._clock() + seconds
         on_disk = disk is not None and disk.find(block)
         if disk is not None and on_disk:
-            self._storers.submit(lambda: disk.pin(block.key, until) and None)
+            self._storers.submit(lambda: disk.pin(block.key, until))
         if block.key in self._pins or self._host.pin(block.key):
             self._pins[block.key] = until
         return on_disk or block.key in self._pins
@@ -142,7 +144,7 @@ class Tiers:
         """Take back what `pin` did."""
         disk = self._disk
         if disk is not None:
-            self._storers.submit(lambda: disk.pin(block.key, 0.0) and None)
+            self._storers.submit(lambda: disk.pin(block.key, 0.0))
         if self._pins.pop(block.key, None) is not None:
             self._host.unpin(block.key)
 
@@ -225,22 +227,37 @@ class Tiers:
             self._host.abandon(reserved)
 
     def _demote(self, block: BlockId, device_block: int) -> None:
+        at_once = self._options.disk_after_hits == 0
         try:
             reserved = self._host.reserve(block)
-            if reserved is None:
+            if reserved is not None:
+                self._fill(reserved, device_block)
+            elif self._host.has(block.key):
+                pass
+            elif at_once and self._disk is not None:
+                self._past_host(block, device_block, self._disk)
+            else:
                 self._counters.add("refused")
-                return
-            try:
-                self._memory.read(device_block, reserved.memory)
-            except BaseException:
-                self._host.abandon(reserved)
-                raise
-            self._host.publish(reserved)
-            self._counters.add("demoted")
         finally:
             self._finished.append(device_block)
-        if self._disk is not None and self._options.disk_after_hits == 0:
+        if at_once and self._disk is not None:
             self._write(block, self._disk)
+
+    def _fill(self, reserved: Reserved, device_block: int) -> None:
+        try:
+            self._memory.read(device_block, reserved.memory)
+        except BaseException:
+            self._host.abandon(reserved)
+            raise
+        self._host.publish(reserved)
+        self._counters.add("demoted")
+
+    def _past_host(self, block: BlockId, device_block: int, disk: DiskStore) -> None:
+        """Write a block to disk that the host has no place for, as those before it fill it."""
+        payload = memoryview(bytearray(self._host.block_bytes))
+        self._memory.read(device_block, payload)
+        stored = disk.put(block, self._memory.layout, payload, checksum(payload))
+        self._counters.add("demoted" if stored else "refused")
 
     def _spill(self, block: BlockId) -> None:
         """Have a block of the host written to disk, once."""

@@ -6,9 +6,11 @@ Shape suffixes: N blocks, P positions of a block, J heads of keys, D size of a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ class BlockMemory:
 
     What is a part of other storage, as the values of latents are, is in the payload once. block_bytes: of a payload.
     layout: what is in it, for the header of a record. width: bytes of most of its elements. ValueError: a block of a
-    layer does not lie together, or layers have different numbers of blocks.
+    layer does not lie together in memory of the CPU, or layers have different numbers of blocks.
     """
 
     def __init__(self, layers: Sequence[StoredLayer]) -> None:
@@ -43,6 +45,7 @@ class BlockMemory:
         self._rows = [_rows(tensor_NPJD) for tensor_NPJD in tensors]
         self.num_blocks = len(tensors[0])
         self.block_bytes = sum(rows.shape[1] for rows in self._rows)
+        self._ends = list(accumulate(rows.shape[1] for rows in self._rows[:-1]))
         self.layout = "; ".join(
             f"{len(list(same))} x {text}" for text, same in groupby(", ".join(map(_text, layer)) for layer in parts)
         )
@@ -52,17 +55,16 @@ class BlockMemory:
     def read(self, block: int, out: memoryview) -> None:
         """Copy a block to `out`, of `block_bytes`."""
         for rows, part in zip(self._rows, self._split(out), strict=True):
-            part.copy_(rows[block])
+            np.copyto(part, rows[block])
 
     def write(self, block: int, payload: memoryview) -> None:
         """Copy what `read` gave to a block."""
         for rows, part in zip(self._rows, self._split(payload), strict=True):
-            rows[block].copy_(part)
+            np.copyto(rows[block], part)
 
-    def _split(self, memory: memoryview) -> tuple[Tensor, ...]:
+    def _split(self, memory: memoryview) -> list[npt.NDArray[np.uint8]]:
         assert len(memory) == self.block_bytes, f"a payload has {len(memory)} bytes of {self.block_bytes}"
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        return whole.split([rows.shape[1] for rows in self._rows])
+        return np.split(np.frombuffer(memory, np.uint8), self._ends)
 
 
 def _parts(layer: StoredLayer) -> list[tuple[str, Tensor]]:
@@ -77,10 +79,12 @@ def _parts(layer: StoredLayer) -> list[tuple[str, Tensor]]:
     return parts
 
 
-def _rows(tensor_NPJD: Tensor) -> Tensor:
-    if not tensor_NPJD.is_contiguous():
-        raise ValueError(f"a block of {list(tensor_NPJD.shape[1:])} does not lie together")
-    return tensor_NPJD.view(len(tensor_NPJD), -1).view(torch.uint8)
+def _rows(tensor_NPJD: Tensor) -> npt.NDArray[np.uint8]:
+    """Return the memory of storage, a block in a row. Copies are numpy's: torch would start threads for them."""
+    if not tensor_NPJD.is_contiguous() or tensor_NPJD.device.type != "cpu":
+        raise ValueError(f"a block of {list(tensor_NPJD.shape[1:])} does not lie together in memory of the CPU")
+    rows: npt.NDArray[np.uint8] = tensor_NPJD.view(len(tensor_NPJD), -1).view(torch.uint8).numpy()
+    return rows
 
 
 def _text(part: tuple[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ktcompile.log import logger
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 
 
 class Workers(Protocol):
