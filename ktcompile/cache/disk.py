@@ -17,7 +17,7 @@ from ktcompile.cache.block_id import BlockId
 from ktcompile.cache.breaker import Breaker
 from ktcompile.cache.counters import Counters
 from ktcompile.cache.index import Entry, Index
-from ktcompile.cache.names import record_name
+from ktcompile.cache.names import is_bad, record_name
 from ktcompile.cache.policy import Policy
 from ktcompile.cache.record import Header, RecordError, check_is, checksum, parse, payload_of
 from ktcompile.cache.record_files import MOST_BAD, RecordFiles
@@ -120,7 +120,7 @@ class DiskStore:
         except RecordError as error:
             self._counters.add("disk_verify_failed")
             logger.warning("The record %s is not used: %s", name, error)
-            self._quarantine(block.key)
+            self.quarantine(block.key)
             return None
         self._reads.succeeded()
         self._counters.add("disk_bytes_out", len(record))
@@ -178,6 +178,25 @@ class DiskStore:
             gone = self._forget(key) if self.writer else []
             self._drop(gone)
             return bool(gone)
+
+    def quarantine(self, key: bytes) -> None:
+        """Put a record aside, and give up those behind it."""
+        with self._changing:
+            gone = self._forget(key)
+            if not gone or not self.writer:
+                return
+            self._counters.add("disk_quarantined")
+            with self._guarded("a damaged record cannot be put aside"):
+                self._drop([entry for entry in gone if entry.key != key])
+                if self._index is not None:
+                    self._index.remove([key])
+                self._files.set_aside(record_name(key))
+
+    def forget_quarantine(self) -> None:
+        """Remove what is in quarantine. OSError."""
+        with self._changing:
+            if self.writer:
+                self._files.unlink(tuple(name for name, _ in self._folder.files() if is_bad(name)))
 
     def maintain(self) -> None:
         """Do what is due: removals that failed, the time to live, news of the writer, the index."""
@@ -241,16 +260,26 @@ class DiskStore:
                 self._cut(entry.key)
             for entry in found.entries:
                 self._tree.add(entry)
-            gone = []
-            # A block is used no later than what it continues, so those before it come later, or with it.
-            for entry in sorted(found.entries, key=lambda entry: (entry.used, entry.position)):
-                if entry.key not in self._tree:
-                    continue
-                until, entry.pinned = entry.pinned, 0.0
-                gone += self._insert(entry, entry.used)[1]
-                if entry.key in self._policy and until > self._last:
-                    self._set_pin(entry, until)
+            gone: list[Entry] = []
+            kept = self._kept(found.entries)
+            first = min((entry.used for entry in found.entries), default=0.0)
+            # What is pinned comes before all else. A block is used no later than what it continues, so those before it
+            # come later, or with it.
+            for entry in sorted(found.entries, key=lambda e: (e.key not in kept, e.used, e.position)):
+                if entry.key in self._tree:
+                    until, entry.pinned = entry.pinned, 0.0
+                    gone += self._insert(entry, first if entry.key in kept else entry.used)[1]
+                    if entry.key in self._policy and until > self._last:
+                        self._set_pin(entry, until)
             return gone
+
+    def _kept(self, entries: list[Entry]) -> set[bytes]:
+        """Return the keys of records that are pinned, and of those before them. entries: parents before children."""
+        kept: set[bytes] = set()
+        for entry in reversed(entries):
+            if entry.pinned > self._last or entry.key in kept:
+                kept |= {entry.key, entry.parent}
+        return kept
 
     def _tidy(self, found: Found, gone: list[Entry]) -> None:
         """Remove what nothing will ever read."""
@@ -306,19 +335,6 @@ class DiskStore:
         if not fits and entry.key in self._tree:
             gone += self._cut(entry.key)
         return fits, gone
-
-    def _quarantine(self, key: bytes) -> None:
-        """Put a record aside, and give up those behind it."""
-        with self._changing:
-            gone = self._forget(key)
-            if not gone or not self.writer:
-                return
-            self._counters.add("disk_quarantined")
-            with self._guarded("a damaged record cannot be put aside"):
-                self._drop([entry for entry in gone if entry.key != key])
-                if self._index is not None:
-                    self._index.remove([key])
-                self._files.set_aside(record_name(key))
 
     def _drop(self, entries: list[Entry]) -> None:
         """Remove records of which nothing is known any more. OSError."""
