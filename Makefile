@@ -11,7 +11,7 @@ NATIVE := $(shell find native cmake -type f) CMakeLists.txt
 # Where the extension module is built, and the native tests of the same objects.
 BUILD := build/dev
 
-.PHONY: demo test check setup lint format types native-test sanitize valgrind bench wheel clean
+.PHONY: demo test check nightly setup lint format types native-test sanitize valgrind bench wheel clean
 
 demo: setup
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,12 @@ test: setup
 
 check: setup lint types
 	$(PYTEST) -x -m "not slow"
+
+# What takes too long for each submission: 1,000 kills while records are published, and their parser fuzzed, guided by
+# coverage where atheris is installed (the extra `fuzz`).
+nightly: setup
+	KT_TEST_KILLS=1000 $(BIN)/pytest -q -n 0 tests/test_cache_kill.py
+	PYTHONPATH=tests $(BIN)/python -P tests/fuzz/record.py -runs=300000
 
 setup: .venv/installed
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("_native",),
-    ("env", "log", "openmp"),
+    ("env", "log", "openmp", "owned_folder"),
     ("machine",),
     ("quant",),
     ("config",),
@@ -37,7 +37,10 @@ WITHOUT_TORCH = (
     "ktcompile.plan",
     "ktcompile.kv.block_pool",
     "ktcompile.kv.layout",
-    "ktcompile.cache.policy",
+    "ktcompile.cache.block",
+    "ktcompile.cache.leaf_first",
+    "ktcompile.cache.lru",
+    "ktcompile.cache.polic",
     "ktcompile.cache.key",
     "ktcompile.scheduler",
 )

@@ -1,1 +1,1 @@
-"""Blocks of keys and values that outlive the request that computed them: their names."""
+"""The prefix cache: which keys and values of earlier prompts are kept, where, and for how long."""

@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Sequence
 
 from ktcompile import __version__
-from ktcompile.cli import bench, chat, doctor, generate, pack, plan, serve, simulate
+from ktcompile.cli import bench, cache, chat, doctor, generate, pack, plan, serve, simulate
 
-_COMMANDS = (generate, chat, serve, plan, pack, doctor, bench, simulate)
+_COMMANDS = (generate, chat, serve, plan, pack, cache, doctor, bench, simulate)
 # Other libraries' errors may list everything that they know.
 _LONGEST_ERROR = 800
 

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from ktcompile.log import logger
 from ktcompile.models.checkpoint import weight_files
 from ktcompile.models.packed_file import VERSION, PackedFile, PackedFileError, PackedFileWriter
 from ktcompile.models.tensor_files import header_text
+from ktcompile.owned_folder import caches_folder, check_owner, open_folder
 from ktcompile.quant import full_name
 
 AUTO, OFF = "auto", "off"
@@ -63,7 +64,7 @@ class PackedCache:
     def open(self, key: str) -> PackedFile | None:
         """Return an open file, None if there is none. PackedFileError: it is damaged or of another version."""
         try:
-            folder = self._folder()
+            folder = open_folder(self.folder)
         except FileNotFoundError:
             return None
         try:
@@ -73,7 +74,7 @@ class PackedCache:
         finally:
             os.close(folder)
         try:
-            _check_owner(os.fstat(descriptor), self.path(key), stat.S_ISREG)
+            check_owner(os.fstat(descriptor), self.path(key), stat.S_ISREG)
             return PackedFile(descriptor, self.path(key))
         except BaseException:
             os.close(descriptor)
@@ -84,7 +85,7 @@ class PackedCache:
         """Give what writes the file of a key, which is there once the block has ended without an error. needed: bytes
         that the disk must have."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = self._folder()
+        folder = open_folder(self.folder)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX)  # until ours is locked: nobody may take it for one that was left
             _remove_unfinished(folder)
@@ -112,7 +113,7 @@ class PackedCache:
     def entries(self) -> list[Entry]:
         """Return all files, the newest first."""
         try:
-            folder = self._folder()
+            folder = open_folder(self.folder)
         except FileNotFoundError:
             return []
         try:
@@ -124,7 +125,7 @@ class PackedCache:
 
     def remove(self, key: str) -> None:
         """Remove a file. FileNotFoundError: there is none."""
-        folder = self._folder()
+        folder = open_folder(self.folder)
         try:
             os.unlink(self.path(key).name, dir_fd=folder)
         finally:
@@ -145,16 +146,6 @@ class PackedCache:
         file.close()
         header = file.header
         return Entry(key, path, header["model"], header["weight_format"], facts.st_size, facts.st_mtime, None)
-
-    def _folder(self) -> int:
-        """Return a descriptor of the folder."""
-        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            _check_owner(os.fstat(folder), self.folder, stat.S_ISDIR)
-        except BaseException:
-            os.close(folder)
-            raise
-        return folder
 
 
 def cache_for(option: str | Path | None, model: Path) -> PackedCache | None:
@@ -179,9 +170,7 @@ def default_folder() -> Path:
     named = env.read().packed_cache
     if named not in (None, OFF, AUTO):
         return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # As its specification says, a path that is not absolute is none.
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "ktcompile" / "packed"
+    return caches_folder() / "packed"
 
 
 def key_of(model: Path, weight_format: str) -> str:
@@ -208,16 +197,6 @@ def key_of(model: Path, weight_format: str) -> str:
         "versions": [VERSION, _CONTENT, _native.LAYOUT_VERSION, ktcompile.__version__, transformers.__version__],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
-
-
-def _check_owner(facts: os.stat_result, path: Path, is_kind: Callable[[int], bool]) -> None:
-    """PermissionError: others than the user could have written it, or it is of another kind."""
-    if not is_kind(facts.st_mode):
-        raise PermissionError(errno.EPERM, "it is of another kind than the cache makes", str(path))
-    if facts.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
-    if facts.st_mode & 0o022:
-        raise PermissionError(errno.EPERM, "other users may write to it", str(path))
 
 
 def _remove_unfinished(folder: int) -> None:
