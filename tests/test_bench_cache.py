@@ -135,9 +135,10 @@ def test_costs_of_computing_and_loading():
     assert load.seconds(16) == 3.0
     assert saved(recompute, load, 3, 7, 16) == by_token - 3.0
     assert worth_loading(recompute, load, 3, 7, 16) and not worth_loading(recompute, load, 0, 1, 8)
-    worth = Worth(recompute, load, block_size=4)
-    assert worth.per_byte(4, 16) == (recompute.seconds(4, 8) - 2.0) / 16
-    assert worth.per_byte(0, 10**6) == 0.0
+    worth = Worth(recompute, load, block_size=4, weight=1.0)
+    assert worth.of(4, 16) == (recompute.seconds(4, 8) - 2.0) / 16
+    assert worth.of(0, 10**6) == 0.0 == Worth(recompute, load, 4).of(0, 10**6)
+    assert Worth(recompute, load, 4).of(4, 16) == 1.0
     for wrong in ({"per_token": 0.0}, {"per_token": 1.0, "per_position": -1.0}):
         with pytest.raises(ValueError, match="prefill cannot take"):
             Recompute(**wrong)

@@ -230,7 +230,7 @@ def test_what_comes_once_does_not_displace_what_is_popular():
 
 
 def test_late_positions_are_worth_more_and_slow_loads_less():
-    worth = Worth(Recompute(1.0, 1 / 100), block_size=16)
+    worth = Worth(Recompute(1.0, 1 / 100), block_size=16, weight=1.0)
     policy = policies.make("value", Limits(2), worth)
     policy.insert("late", "elsewhere", 1, 40_000, 1.0)
     policy.insert("early", None, 1, 0, 1.0)

@@ -53,13 +53,18 @@ def worth_loading(recompute: Recompute, load: Load, begin: int, end: int, size: 
 
 @dataclass(frozen=True, slots=True)
 class Worth:
-    """What a hit on one block of a tier saves, for the policy `value`. block_size: positions of a block."""
+    """What a hit on one block of a tier is worth to the policy `value`. block_size: positions of a block.
+
+    weight: the power of the seconds per byte that it is. At 1 late positions, which cost more, are worth as much more:
+    more seconds are saved, but of fewer tokens than least recently used first saves. At 0 hits that save are alike.
+    """
 
     recompute: Recompute = field(default_factory=lambda: Recompute(1.0))
     load: Load = field(default_factory=Load)
     block_size: int = 1
+    weight: float = 0.0
 
-    def per_byte(self, position: int, size: int) -> float:
-        """Return seconds per byte, not below 0. The latency is left out, since it is shared by the blocks of a load."""
+    def of(self, position: int, size: int) -> float:
+        """Return the worth; 0 where loading takes longer than computing, but for the latency that a load shares."""
         seconds = self.recompute.seconds(position, position + self.block_size) - size / self.load.bytes_per_second
-        return max(0.0, seconds) / size
+        return (seconds / size) ** self.weight if seconds > 0 else 0.0

@@ -70,6 +70,9 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add("--bytes-per-token", type=size, metavar="SIZE", default=98304, help="of keys and values (default: 96KiB)")
     add("--host-rate", type=size, metavar="SIZE", default=8_000_000_000, help="loaded a second (default: 8GB)")
     add("--disk-rate", type=size, metavar="SIZE", default=1_000_000_000, help="loaded a second (default: 1GB)")
+    add(
+        "--weight", type=float, metavar="W", default=0.0, help="of seconds in 'value', from 0 to 1 (default: 0)"
+    )
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--out", type=Path, metavar="FILE.json", help="write the results")
     add("--plot", type=Path, metavar="OUT.png", help="draw tokens found by capacity; needs matplotlib")
@@ -115,9 +118,11 @@ def _rates(args: argparse.Namespace) -> Rates:
     for name in ("prefill_rate", "attention_doubles", "bytes_per_token", "host_rate", "disk_rate"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+    if not 0 <= args.weight <= 1:
+        raise ValueError(f"--weight is {args.weight:g}; it must be from 0 to 1")
     per_token = 1 / args.prefill_rate
     recompute = Recompute(per_token, per_token / args.attention_doubles)
-    return Rates(recompute, (Load(), Load(1e-4, args.host_rate), Load(1e-3, args.disk_rate)))
+    return Rates(recompute, (Load(), Load(1e-4, args.host_rate), Load(1e-3, args.disk_rate)), args.weight)
 
 
 def _traces(args: argparse.Namespace) -> dict[str, Recording]:
@@ -138,6 +143,7 @@ def _report(args: argparse.Namespace, traces: dict[str, Recording], results: Seq
         "seed": args.seed,
         "prefill_rate": args.prefill_rate,
         "attention_doubles": args.attention_doubles,
+        "weight": args.weight,
         "host_rate": args.host_rate,
         "disk_rate": args.disk_rate,
         "traces": {

@@ -19,10 +19,11 @@ BELADY = "belady"
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the machine takes: to compute prompts, and to load from each of `TIERS`."""
+    """What the machine takes: to compute prompts, and to load from each of `TIERS`; what `Worth` says of weight."""
 
     recompute: Recompute
     loads: tuple[Load, Load, Load]
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +80,5 @@ def _at(trace: str, found: Recording, names: Sequence[str], share: tuple[float, 
 
 
 def _tier(name: str, capacity: int, found: Recording, rates: Rates, load: Load) -> Tier:
-    worth = Worth(rates.recompute, load, found.block_size)
+    worth = Worth(rates.recompute, load, found.block_size, rates.weight)
     return Tier(policies.make(name, Limits(capacity), worth), load)
