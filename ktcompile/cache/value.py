@@ -85,9 +85,7 @@ class Value(Generic[K]):
 
     def choose(self, oldest: Sequence[Block[K]], now: float) -> Block[K]:
         """See `Rule`."""
-        if self._stay == math.inf:
-            return min(oldest, key=lambda block: block.last)
-        return min(oldest, key=lambda block: self.value(block, now))
+        return min(oldest, key=lambda block: (self.value(block, now), block.last))
 
     def admits(self, block: Block[K], victim: Block[K], now: float) -> bool:
         """A block that comes was used just now."""
@@ -96,6 +94,8 @@ class Value(Generic[K]):
     def value(self, block: Block[K], now: float) -> float:
         """Return the chance that a block is used soon, times what that is worth."""
         time = now - block.last + _SOON
+        if self._stay == math.inf:
+            return block.worth / time
         unused: float = (time / (time + _HORIZON * self._stay)) ** self.odds[_kind(block.uses)]
         return (1 - unused) * block.worth
 

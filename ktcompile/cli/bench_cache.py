@@ -70,9 +70,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add("--bytes-per-token", type=size, metavar="SIZE", default=98304, help="of keys and values (default: 96KiB)")
     add("--host-rate", type=size, metavar="SIZE", default=8_000_000_000, help="loaded a second (default: 8GB)")
     add("--disk-rate", type=size, metavar="SIZE", default=1_000_000_000, help="loaded a second (default: 1GB)")
-    add(
-        "--weight", type=float, metavar="W", default=0.0, help="of seconds in 'value', from 0 to 1 (default: 0)"
-    )
+    add("--weight", type=float, metavar="W", default=0.0, help="of seconds in 'value', from 0 to 1 (default: 0)")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--out", type=Path, metavar="FILE.json", help="write the results")
     add("--plot", type=Path, metavar="OUT.png", help="draw tokens found by capacity; needs matplotlib")
