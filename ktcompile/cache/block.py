@@ -18,7 +18,7 @@ class Block(Generic[K]):
     """A block of a tier.
 
     size: bytes. position: tokens before it. last: when it was used last. uses: how often after it came. pins: holds
-    that keep it. place: number of its valid entry in orders; 0 while it may not go. group, mark: what a rule keeps.
+    that keep it. place: number of its valid entry in orders; 0 while it may not go. group, worth: what a rule keeps.
     """
 
     key: K
@@ -31,7 +31,7 @@ class Block(Generic[K]):
     pins: int = 0
     place: int = 0
     group: int = 0
-    mark: float = 0.0
+    worth: float = 0.0
 
 
 class Order(Generic[K]):
@@ -43,6 +43,9 @@ class Order(Generic[K]):
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, int, Block[K]]] = []
         self._most = _LEAST
+
+    def __len__(self) -> int:
+        return len(self._heap)
 
     def push(self, block: Block[K]) -> None:
         """Add a block under its present place."""

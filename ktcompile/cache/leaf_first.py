@@ -15,7 +15,7 @@ class Rule(Protocol[K]):
     """Chooses among blocks that may go.
 
     It sorts blocks into groups, and of each group only the one that nobody used for the longest time is looked at.
-    `Block.group` and `Block.mark` are its own; groups change in `used` and `choose` alone, for the blocks of the call.
+    `Block.group` is its own, and changes in `used` and `choose` alone, for the blocks of the call.
     """
 
     groups: int
@@ -26,8 +26,8 @@ class Rule(Protocol[K]):
     def missed(self, key: K, now: float) -> None:
         """Take note that a block was asked for that is not here."""
 
-    def gone(self, block: Block[K], now: float) -> None:
-        """Take note that a block was given up."""
+    def gone(self, block: Block[K], now: float | None) -> None:
+        """Take note that a block was given up; now is None where it was lost."""
 
     def choose(self, oldest: Sequence[Block[K]], now: float) -> Block[K]:
         """Return which of the oldest blocks of groups goes; there is one at least, and each is of another group."""
@@ -114,6 +114,7 @@ class LeafFirst(Generic[K]):
         """See `Policy`."""
         block = self._blocks.get(key)
         if block is not None:
+            self._rule.gone(block, None)
             self._drop(block)
         return block is not None
 

@@ -19,7 +19,7 @@ class Lru:
     def missed(self, key: K, now: float) -> None:
         """Nothing is kept of what is not here."""
 
-    def gone(self, block: Block[K], now: float) -> None:
+    def gone(self, block: Block[K], now: float | None) -> None:
         """Nothing is kept of what went."""
 
     def choose(self, oldest: Sequence[Block[K]], now: float) -> Block[K]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli import bench_model, bench_serve
+from ktcompile.cli import bench_cache, bench_model, bench_serve
 from ktcompile.cli.bench_session import check_outputs, replot, session, write
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ _LIBRARIES = ("ktcompile", "torch", "transformers", "kt-kernel", "numpy")
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and what it can measure."""
-    bench = subparsers.add_parser("bench", help="measure kernels, whole models and servers, beside peers")
+    bench = subparsers.add_parser(
+        "bench", help="measure kernels, whole models and servers, beside peers; replay traces through the prefix cache"
+    )
     what = bench.add_subparsers(dest="what", required=True, metavar="WHAT")
     kernels = what.add_parser(
         "kernels",
@@ -72,6 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     kernels.set_defaults(run=run_kernels)
     bench_model.add_parser(what)
     bench_serve.add_parser(what)
+    bench_cache.add_parser(what)
 
 
 def run_kernels(args: argparse.Namespace) -> int:

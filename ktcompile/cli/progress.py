@@ -1,7 +1,9 @@
-"""Bars of progress on stderr."""
+"""Progress on stderr."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -32,3 +34,17 @@ def progress_bars(shown: bool) -> Iterator[Progress]:
             yield progress
         finally:
             hf_logging.set_tqdm_hook(before)
+
+
+def tenths(what: str) -> Callable[[float], None]:
+    """Return what takes the share that is done and prints each tenth once."""
+    shown = 0
+
+    def show(share: float) -> None:
+        nonlocal shown
+        now = math.floor(share * 10 + 1e-9)
+        if now > shown:
+            shown = now
+            print(f"{what}: {10 * now} %", file=sys.stderr)
+
+    return show

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktcompile.cli.bench_session import check_outputs
+from ktcompile.cli.progress import tenths
 
 if TYPE_CHECKING:
     from ktcompile.plan.facts import ModelFacts
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     setting = _setting(args, facts, profile)
     strategies = _strategies(args.strategies, profile)
     fractions = list(dict.fromkeys(percent / 100 for percent in args.fractions))
-    results = simulate.simulate(trace, setting, strategies, fractions, _progress("simulating"))
+    results = simulate.simulate(trace, setting, strategies, fractions, tenths("simulating"))
     report = _report(args, trace, results)
     if args.json:
         print(json.dumps(report, indent=1))
@@ -146,20 +146,6 @@ def _strategies(asked: Sequence[str] | None, profile: RoutingProfile | None) -> 
         if name in _NEED_PROFILE and profile is None:
             raise ValueError(f"strategy {name!r} needs --profile FILE beside --trace")
     return list(dict.fromkeys(asked))
-
-
-def _progress(what: str) -> Callable[[float], None]:
-    """Return what prints each tenth that is done to stderr."""
-    shown = 0
-
-    def show(share: float) -> None:
-        nonlocal shown
-        tenths = math.floor(share * 10 + 1e-9)
-        if tenths > shown:
-            shown = tenths
-            print(f"{what}: {10 * tenths} %", file=sys.stderr)
-
-    return show
 
 
 def _report(args: argparse.Namespace, trace: Trace, results: Sequence[Result]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""What policies of the prefix cache are worth: traces of prompts, replayed through tiers without a model."""
