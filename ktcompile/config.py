@@ -20,7 +20,7 @@ INNER = ("auto", "program", "inductor", "eager")
 DEVICES = ("none", "stand-in", "cuda")
 PLACEMENTS = ("adaptive", "uniform", "front", "random", "frequency", "counts")
 NEED_PROFILE = ("frequency", "counts")
-_PATHS = ("dump_graphs", "routing_profile")
+_PATHS = ("dump_graphs", "routing_profile", "kv_disk_path")
 
 # Names and values: a record that hashes holds no dictionary.
 Replan = tuple[tuple[str, float], ...]

@@ -45,7 +45,7 @@ class Watched:
         engine._runner.run = self.run  # type: ignore[method-assign]
 
     def run(self, step: Step) -> StepLogits:
-        self.cached |= dict(step.started)
+        self.cached |= {start.request_id: start.num_cached_tokens for start in step.started}
         found = self._run(step)
         for i, chunk in enumerate(step.chunks):
             rows = found.values[found.places[i] : found.places[i + 1]].clone()

@@ -19,6 +19,7 @@ NAMES = frozenset(
         "refused",  # not stored as the policy, the parent's absence or a full disk forbade it
         "load_failed",  # a block that was said to be there could not be read in full
         "load_late",  # at the deadline of a promotion
+        "load_cancelled",  # since its request ended, or gave up its blocks
         "disk_quarantined",
         "disk_stale",  # removed at start: another version, or out of reach
         "disk_io_error",  # operations

@@ -17,6 +17,8 @@ from ktcompile.cache.tree import Tree
 
 def arena(size: int) -> memoryview:
     """Return memory of `size` bytes, which the system gives as it is written to for the first time."""
+    if size == 0:
+        return memoryview(b"")
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):
@@ -58,7 +60,8 @@ class Reserved:
 
 
 class HostStore:
-    """Blocks of `block_bytes` in the slots of `arena`, chosen by `policy`, whose capacity is no larger.
+    """Blocks of `block_bytes` in the slots of `arena`, chosen by `policy`, whose capacity is no larger. An arena without
+    a slot takes no block.
 
     A block is there from `publish` on, and only behind its parent. verify: whether the checksum of a block is compared
     each time that it is read; the token ids always are. Any thread may call; no method waits for another's copy.
@@ -74,7 +77,7 @@ class HostStore:
         verify: bool = True,
     ) -> None:
         self.block_bytes, self.capacity = block_bytes, len(arena) // block_bytes
-        if policy.limits.capacity > self.capacity * block_bytes:
+        if self.capacity and policy.limits.capacity > self.capacity * block_bytes:
             raise ValueError(f"{policy.limits.capacity} bytes are more than {self.capacity} slots of {block_bytes} are")
         self._arena, self._policy, self._clock, self._counters, self._verify = arena, policy, clock, counters, verify
         self._lock = threading.Lock()

@@ -31,12 +31,14 @@ class Promotion:
         self.blocks, self.targets, self.deadline = tuple(blocks), tuple(targets), deadline
         self._clock = clock
         self._lock = threading.Lock()
+        self._over = threading.Condition(self._lock)
         self._wanted = len(self.blocks)  # blocks before this may still be whole
         self._pending = len(self.blocks)
         self._tiers: list[str | None] = [None] * len(self.blocks)
         self._bytes: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         self._result: Loaded | None = None
+        self.cancelled = False
 
     def wants(self, i: int) -> bool:
         """Return whether block i is still of use."""
@@ -49,29 +51,47 @@ class Promotion:
         """
         with self._lock:
             if not self.wants(i):
-                self._pending -= 1
+                self._end_one()
                 return False
             begin = self._clock()
             copy(self.targets[i])
             self._tiers[i] = tier
             self._bytes[tier] = self._bytes.get(tier, 0) + size
             self._seconds[tier] = self._seconds.get(tier, 0.0) + seconds + self._clock() - begin
-            self._pending -= 1
+            self._end_one()
             return True
 
     def fail(self, i: int) -> None:
         """Note that block i is a miss, and so all behind it."""
         with self._lock:
             self._wanted = min(self._wanted, i)
-            self._pending -= 1
+            self._end_one()
 
     def result(self) -> Loaded | None:
         """Return what came, None while blocks are on their way and the deadline is not reached. Blocks of the device
         are the caller's again from then on."""
         with self._lock:
-            settled = all(tier is not None for tier in self._tiers[: self._wanted])
-            if self._result is None and (settled or not self._pending or self._clock() >= self.deadline):
+            if self._result is None and (self._is_over() or self._clock() >= self.deadline):
                 tiers = self._tiers[: self._wanted]
                 hole = tiers.index(None) if None in tiers else len(tiers)
                 self._result = Loaded(tuple(t for t in tiers[:hole] if t), self._bytes, self._seconds)
             return self._result
+
+    def wait(self, seconds: float) -> None:
+        """Return when `result` has what came, after `seconds` at the latest."""
+        with self._over:
+            self._over.wait_for(self._is_over, min(seconds, max(0.0, self.deadline - self._clock())))
+
+    def cancel(self) -> None:
+        """Make all blocks misses. A copy that has begun is waited for."""
+        with self._lock:
+            self.cancelled = self._result is None
+            self._result = self._result or Loaded((), {}, {})
+
+    def _is_over(self) -> bool:
+        return not self._pending or all(tier is not None for tier in self._tiers[: self._wanted])
+
+    def _end_one(self) -> None:
+        self._pending -= 1
+        if self._is_over():
+            self._over.notify_all()

@@ -6,7 +6,6 @@ Nothing here waits for a file or a copy on the caller's thread. Whatever cannot 
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from ktcompile.cache.counters import Counters
 from ktcompile.cache.disk import DiskStore
 from ktcompile.cache.host import HostStore, Reserved
 from ktcompile.cache.promotion import Promotion
+from ktcompile.cache.readings import Readings
 from ktcompile.cache.record import checksum
 from ktcompile.cache.workers import Workers
 
@@ -68,9 +68,10 @@ class Tiers:
         self._memory, self._host, self._disk = memory, host, disk
         self._loaders, self._storers = loaders, storers
         self._clock, self._counters, self._options = clock, counters, options
-        self._finished: deque[int] = deque()
+        self._readings = Readings()
         self._lock = threading.Lock()
         self._spilling: set[bytes] = set()
+        self._forgotten: set[bytes] = set()  # not removed yet
         self._pins: dict[bytes, float] = {}  # those of the host
         self._maintained = clock()
 
@@ -83,6 +84,8 @@ class Tiers:
         """Return the tiers of the first blocks of a sequence, up to the first that is nowhere."""
         tiers = []
         for block in blocks:
+            if block.key in self._forgotten:
+                break
             hits = self._host.find(block)
             on_disk = self._disk is not None and self._disk.find(block)
             if hits is not None:
@@ -116,16 +119,40 @@ class Tiers:
         return promotion
 
     def store(self, block: BlockId, device_block: int) -> bool:
-        """Have a block of the device kept, which must stay as it is until `finished` names it. False: too much waits,
-        and it is not kept."""
-        if self._storers.submit(lambda: self._demote(block, device_block)):
+        """Have a block of the device kept, which must stay as it is until `finished` or `take_back` names it. False:
+        too much waits, and it is not kept."""
+        if block.key in self._forgotten:
+            return False
+        ticket = self._readings.add(device_block)
+        if self._storers.submit(lambda: self._demote(block, device_block, ticket)):
             return True
+        self._readings.remove(ticket)
         self._counters.add("dropped")
         return False
 
+    def has(self, key: bytes) -> bool:
+        """Return whether a block is in a tier; nobody asked for it."""
+        return self._host.has(key) or (self._disk is not None and self._disk.has(key))
+
     def finished(self) -> list[int]:
         """Return the blocks of the device, given to `store`, that are read no more, each once."""
-        return [self._finished.popleft() for _ in range(len(self._finished))]
+        return self._readings.finished()
+
+    def take_back(self) -> list[int]:
+        """Return all blocks of the device that were given to `store`: those that were not read yet are not kept.
+
+        A copy that has begun is waited for.
+        """
+        return self._readings.take_back()
+
+    def forget(self, blocks: Sequence[BlockId]) -> None:
+        """Have blocks found no more, nor those behind them: what they contain may be wrong."""
+        keys = [block.key for block in blocks]
+        with self._lock:
+            self._forgotten.update(keys)
+        for key in keys:
+            self._host.remove(key)
+        self._remove_forgotten()
 
     def pin(self, block: BlockId, seconds: float = float("inf")) -> bool:
         """Keep a block, and those before it, for a time, in the tiers that it is in. False: in none.
@@ -158,6 +185,7 @@ class Tiers:
             del self._pins[key]
             self._host.unpin(key)
         self._host.expire()
+        self._remove_forgotten()
         if self._disk is not None:
             self._storers.submit(self._disk.maintain)
 
@@ -214,11 +242,12 @@ class Tiers:
     def _deliver(self, promotion: Promotion, i: int, tier: str, payload: memoryview, begin: float) -> None:
         seconds = self._clock() - begin
         copied = promotion.fill(i, tier, len(payload), seconds, lambda target: self._memory.write(target, payload))
-        self._counters.add(f"promoted_{tier}" if copied else "load_late")
+        self._counters.add(f"promoted_{tier}" if copied else "load_cancelled" if promotion.cancelled else "load_late")
         self._counters.add(f"promote_{tier}_microseconds", round((self._clock() - begin) * 1e6))
 
     def _missed(self, promotion: Promotion, i: int, reserved: Reserved | None) -> None:
-        self._counters.add("load_late" if self._clock() >= promotion.deadline else "load_failed")
+        late = self._clock() >= promotion.deadline
+        self._counters.add("load_cancelled" if promotion.cancelled else "load_late" if late else "load_failed")
         self._fail(promotion, i, reserved)
 
     def _fail(self, promotion: Promotion, i: int, reserved: Reserved | None) -> None:
@@ -226,38 +255,51 @@ class Tiers:
         if reserved is not None:
             self._host.abandon(reserved)
 
-    def _demote(self, block: BlockId, device_block: int) -> None:
-        at_once = self._options.disk_after_hits == 0
+    def _demote(self, block: BlockId, device_block: int, ticket: int) -> None:
+        disk = self._disk if self._options.disk_after_hits == 0 else None
+        reserved: Reserved | None = None
+        past: memoryview | None = None
         try:
-            reserved = self._host.reserve(block)
-            if reserved is not None:
-                self._fill(reserved, device_block)
-            elif self._host.has(block.key):
-                pass
-            elif at_once and self._disk is not None:
-                self._past_host(block, device_block, self._disk)
-            else:
-                self._counters.add("refused")
-        finally:
-            self._finished.append(device_block)
-        if at_once and self._disk is not None:
-            self._write(block, self._disk)
-
-    def _fill(self, reserved: Reserved, device_block: int) -> None:
-        try:
-            self._memory.read(device_block, reserved.memory)
+            with self._readings.reading(ticket) as wanted:
+                if not wanted:
+                    self._counters.add("dropped")
+                    return
+                reserved = self._host.reserve(block)
+                if reserved is not None:
+                    self._memory.read(device_block, reserved.memory)
+                elif disk is not None and not self.has(block.key):
+                    # The host has no place for it, as those before it fill it.
+                    past = memoryview(bytearray(self._host.block_bytes))
+                    self._memory.read(device_block, past)
         except BaseException:
-            self._host.abandon(reserved)
+            if reserved is not None:
+                self._host.abandon(reserved)
             raise
-        self._host.publish(reserved)
-        self._counters.add("demoted")
+        if reserved is not None:
+            self._host.publish(reserved)
+            self._counters.add("demoted")
+        elif past is not None and disk is not None:
+            stored = disk.put(block, self._memory.layout, past, checksum(past))
+            self._counters.add("demoted" if stored else "refused")
+        elif not self.has(block.key):
+            self._counters.add("refused")
+        if disk is not None and past is None:
+            self._write(block, disk)
 
-    def _past_host(self, block: BlockId, device_block: int, disk: DiskStore) -> None:
-        """Write a block to disk that the host has no place for, as those before it fill it."""
-        payload = memoryview(bytearray(self._host.block_bytes))
-        self._memory.read(device_block, payload)
-        stored = disk.put(block, self._memory.layout, payload, checksum(payload))
-        self._counters.add("demoted" if stored else "refused")
+    def _remove_forgotten(self) -> None:
+        with self._lock:
+            keys = tuple(self._forgotten)
+        if keys:
+            self._storers.submit(lambda: self._remove(keys))
+
+    def _remove(self, keys: Sequence[bytes]) -> None:
+        """Behind all that was to be stored before."""
+        for key in keys:
+            self._host.remove(key)
+            if self._disk is not None:
+                self._disk.quarantine(key)
+            with self._lock:
+                self._forgotten.discard(key)
 
     def _spill(self, block: BlockId) -> None:
         """Have a block of the host written to disk, once."""

@@ -43,6 +43,9 @@ _HELP = {
     "max_queued_tokens": "their tokens together",
     "max_queue_seconds": "that a request may be expected to wait; 0: any time",
     "kv_cache_memory": "for keys and values, as 4G (default: a third of what is free)",
+    "kv_host_memory": "for blocks that no longer fit there (default: none; with --kv-disk-path a quarter of the device's)",
+    "kv_disk_path": "folder for blocks, which the next start finds again",
+    "kv_disk_size": "of that folder, as 50G (default: 16G)",
     "kv_format": "of keys and values: auto, or int8",
     "weight_format": "of experts: auto (as in the model), or a name of `ktc generate --help`",
     "dense_format": "likewise of large linear layers",
@@ -50,8 +53,8 @@ _HELP = {
 }
 # Their flags have defaults: one that is given the default counts as left out.
 _OF_DEVICE = {field.name: field.default for field in fields(DeviceOptions)}
-_METAVARS: dict[Any, str] = {int: "N", float: "N", str: "TEXT", size: "SIZE"}
-_SIZES = ("max_body_bytes", "kv_cache_memory")
+_METAVARS: dict[Any, str] = {int: "N", float: "N", str: "TEXT", size: "SIZE", Path: "DIR"}
+_SIZES = ("max_body_bytes", "kv_cache_memory", "kv_host_memory", "kv_disk_size")
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser, *records: type) -> None:

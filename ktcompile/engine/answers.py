@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ktcompile.engine.completion import Completion
 from ktcompile.engine.outputs import FinishReason, Logprobs
+from ktcompile.engine.receipt import Receipt
 from ktcompile.engine.sampler import token_logprobs
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.scheduler.batch import Chunk
@@ -20,7 +21,8 @@ class Delta(NamedTuple):
     index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer
     included. logprobs: one for each of these; None: they were not asked for. finish_reason, stop_reason: as of
     `ktcompile.engine.outputs.CompletionOutput`. prompt_logprobs: with the first delta of answer 0, if asked for.
-    num_cached_tokens: of the prompt, those that this answer did not compute when it began.
+    num_cached_tokens: of the prompt, those that this answer did not compute when it began. receipt: where they came
+    from; None: it did not begin.
     """
 
     request_id: str
@@ -33,6 +35,7 @@ class Delta(NamedTuple):
     num_prompt_tokens: int
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
+    receipt: Receipt | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +59,7 @@ class Answer:
     index: int
     began: bool = False
     num_cached_tokens: int = 0
+    receipt: Receipt | None = None
     of_prompt: list[Logprobs] = field(default_factory=list)
 
     def note_prompt(self, chunk: Chunk, logits: Tensor) -> None:
@@ -84,4 +88,5 @@ class Answer:
             len(self.request.prompt_ids),
             of_prompt,
             self.num_cached_tokens,
+            self.receipt,
         )

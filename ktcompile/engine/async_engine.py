@@ -160,15 +160,17 @@ class AsyncEngine:
         return True
 
     async def close(self) -> None:
-        """Abort what there is and end the thread; a step that runs is finished first."""
+        """Abort what there is, end the thread, and close the engine; a step that runs is finished first."""
         if self._health is Health.READY:
             self._health = Health.DRAINING
         self._fail_all(UnavailableError("the engine is closed"))
         with self._wake:
             self._closing = True
             self._wake.notify()
+        loop = asyncio.get_running_loop()
         if self._thread.is_alive():
-            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
+            await loop.run_in_executor(None, self._thread.join)
+        await loop.run_in_executor(None, self.engine.close)
 
     async def _add(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ktcompile.engine.engine import Delta
 from ktcompile.engine.outputs import CompletionOutput, FinishReason, Logprobs, RequestOutput
+from ktcompile.engine.receipt import Receipt
 from ktcompile.engine.sampling_params import SamplingParams
 
 
@@ -21,6 +22,7 @@ class Collected:
         self._answers = [_Answer(params.logprobs is not None) for _ in range(params.n)]
         self._prompt_logprobs: list[Logprobs | None] | None = None
         self._num_cached_tokens = 0
+        self._receipt: Receipt | None = None
 
     def add(self, delta: Delta) -> None:
         """Take the next one."""
@@ -28,7 +30,7 @@ class Collected:
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
         if delta.index == 0:
-            self._num_cached_tokens = delta.num_cached_tokens
+            self._num_cached_tokens, self._receipt = delta.num_cached_tokens, delta.receipt
 
     def output(self) -> RequestOutput:
         """Return the request with its answers as they are now."""
@@ -42,6 +44,7 @@ class Collected:
             finished,
             self._prompt_logprobs,
             self._num_cached_tokens,
+            self._receipt,
         )
 
 

@@ -12,21 +12,26 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ktcompile.cache.key import root
+from ktcompile.cache.rates import Rates
+from ktcompile.cache.transfer import BlockMemory
 from ktcompile.engine.answers import Answer, Delta, ServedRequest
 from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
-from ktcompile.engine.namespace import namespace_of
+from ktcompile.engine.namespace import namespace_of, weights_of
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import FinishReason
+from ktcompile.engine.receipt import receipt_of
 from ktcompile.engine.runner import ModelRunner
 from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample
 from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.engine.tiers import open_tiers
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.log import logger
 from ktcompile.models.load import load, locate
 from ktcompile.models.tokenizer import load_tokenizer
 from ktcompile.runtime.placing import without_new_profile
 from ktcompile.scheduler.batch import Step
+from ktcompile.scheduler.behind import Behind
 from ktcompile.scheduler.request import QueueFullError, RequestTooLongError
 from ktcompile.scheduler.scheduler import Scheduler
 
@@ -34,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Delta", "Engine", "EngineStats"]
+
+# Seconds that a step may wait for a load where there is nothing to compute.
+_MOMENT = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class Engine:
         tokenizer = load_tokenizer(name)
         device = without_new_profile(options).device_options()
         loaded = load(name, weight_format=options.weight_format, **device)
-        self._begin(loaded, tokenizer, name, options, time.monotonic)
+        self._begin(loaded, tokenizer, name, options, time.monotonic, weights_of(name, options))
 
     @classmethod
     def of_model(
@@ -82,14 +90,22 @@ class Engine:
         *,
         name: str = "model",
         clock: Callable[[], float] = time.monotonic,
+        weights: str | None = None,
     ) -> Engine:
-        """Return an engine of a model in memory, whose weights it takes. clock: what deadlines are by, in seconds."""
+        """Return an engine of a model in memory, whose weights it takes. clock: what deadlines are by, in seconds.
+        weights: what names them, and no other model's; None: what is kept on disk is of no use to other engines."""
         self = cls.__new__(cls)
-        self._begin(model, tokenizer, name, options or EngineOptions(), clock)
+        self._begin(model, tokenizer, name, options or EngineOptions(), clock, weights)
         return self
 
     def _begin(
-        self, model: PreTrainedModel, tokenizer: Any, name: str, options: EngineOptions, clock: Callable[[], float]
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        options: EngineOptions,
+        clock: Callable[[], float],
+        weights: str | None,
     ) -> None:
         self.model_name = name
         self.tokenizer = tokenizer
@@ -103,12 +119,19 @@ class Engine:
             options,
             self._runner.kv_format.name,
             self._runner.layers,
-            weights=secrets.token_hex(),  # nobody else's: the blocks are gone with this engine
+            weights=weights or secrets.token_hex(),  # nobody else's
         )
-        self._caches = options.enable_prefix_caching
-        self._secret = secrets.token_bytes()
+        self._caches, self._block_size = options.enable_prefix_caching, options.block_size
         self._pool = BlockPool(self._runner.num_blocks)
-        self._scheduler = Scheduler(options.scheduler_options(self.max_model_len), self._pool, clock)
+        memory = BlockMemory(self._runner.storage)
+        opened = open_tiers(options, memory, self._runner.kv_bytes, clock)
+        self._tiers = None if opened is None else opened.tiers
+        self._secret = secrets.token_bytes() if opened is None else opened.secret
+        behind = None
+        if self._tiers is not None:
+            rates = Rates(options.block_size, memory.block_bytes)
+            behind = Behind(self._tiers, self._pool, rates, options.block_size)
+        self._scheduler = Scheduler(options.scheduler_options(self.max_model_len), self._pool, clock, behind)
         self._requests: dict[str, ServedRequest] = {}
         self._answers: dict[str, Answer] = {}  # by the name that the scheduler knows
         self._ended: list[Delta] = []  # between steps
@@ -178,7 +201,8 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one step of the model, and return what answers have become; [] where there is nothing to do.
 
-        Requests whose logits are not finite, and all of a step that fails, end with "error".
+        Requests whose logits are not finite, and all of a step that fails, end with "error". Where all that could go on
+        are being loaded from a tier, it waits for that, a moment at most.
         """
         for name in self._scheduler.expire():
             self._ended.append(self._close(name, "timeout"))
@@ -187,10 +211,24 @@ class Engine:
         if step is not None:
             self._run(step, deltas)
             self._steps += 1
+        elif not deltas:
+            self._scheduler.wait(_MOMENT)
         return deltas
+
+    def tier_counters(self) -> dict[str, int]:
+        """Return what happened in the tiers behind the device, by the names of `ktcompile.cache.counters`; nothing
+        where there are none. Any thread may call."""
+        return {} if self._tiers is None else self._tiers.counters
+
+    def close(self) -> None:
+        """Write to disk what only the host has, and end the threads of the tiers; they are used no more. It takes some
+        seconds at most."""
+        if self._tiers is not None and not self._tiers.close():
+            logger.warning("a disk does not answer; not all keys and values were written to it")
 
     def stats(self) -> EngineStats:
         """Return how the engine is now."""
+        self._scheduler.give_back()
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
@@ -208,7 +246,10 @@ class Engine:
     def _run(self, step: Step, deltas: list[Delta]) -> None:
         """Run a step and add to `deltas`. Whatever happens, the scheduler learns that the step is over."""
         for start in step.started:
-            self._answers[start.request_id].num_cached_tokens = start.num_cached_tokens
+            answer = self._answers[start.request_id]
+            answer.num_cached_tokens = start.num_cached_tokens
+            prompt_tokens = len(answer.request.prompt_ids)
+            answer.receipt = receipt_of(start, prompt_tokens, self._block_size, self._scheduler.recompute)
         sampled: dict[str, int] = {}
         try:
             self._compute(step, sampled, deltas)

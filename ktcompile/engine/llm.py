@@ -7,11 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktcompile.engine.alone import answer_alone
 from ktcompile.engine.collected import Collected
 from ktcompile.engine.engine import Engine
+from ktcompile.engine.namespace import weights_of
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import RequestOutput
 from ktcompile.engine.probe import UnsupportedModelError
@@ -24,6 +25,9 @@ from ktcompile.models.tokenizer import load_tokenizer, token_ids
 from ktcompile.runtime.metrics import ExpertMetrics
 from ktcompile.runtime.placing import without_new_profile
 from ktcompile.runtime.recording import Recording
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # A text, {"prompt": text}, or {"prompt_token_ids": [...]}.
 Prompt = str | Mapping[str, Any]
@@ -66,7 +70,8 @@ class LLM:
         self._numbers = itertools.count()
         self._engine: Engine | None = None
         try:
-            self._engine = Engine.of_model(self.model, self.tokenizer, given, name=name)
+            weights = weights_of(name, given)
+            self._engine = Engine.of_model(self.model, self.tokenizer, given, name=name, weights=weights)
         except UnsupportedModelError as error:
             logger.warning("prompts are computed one after the other: %s", error)
 
@@ -92,6 +97,17 @@ class LLM:
                 return [self._answer_alone(*request, p) for request, p in zip(requests, params, strict=True)]
         finally:
             self._recording.save()
+
+    def close(self) -> None:
+        """End what the engine has beside the model: keys and values that were not written to kv_disk_path yet are."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def expert_metrics(self) -> ExpertMetrics:
         """Return where the model's experts are and what they did. ValueError: they are not on a device."""

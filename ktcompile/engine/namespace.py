@@ -17,6 +17,8 @@ from ktcompile.cache.key import Namespace
 from ktcompile.engine.options import EngineOptions
 from ktcompile.kv.layout import LayerKV
 from ktcompile.machine import machine
+from ktcompile.models.load import folder_of
+from ktcompile.models.packed_cache import file_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +63,19 @@ def namespace_of(
         attention=_text(config),
         numerics=_text(arithmetic),
     )
+
+
+def weights_of(name: str, options: EngineOptions) -> str | None:
+    """Return what identifies the weights of a model that `ktcompile.models.load.locate` named: a digest of its
+    configuration and of the names, sizes, times and headers of its files, wherever these are. None: it is not asked for,
+    or the weights are of another kind."""
+    if options.kv_disk_path is None:
+        return None
+    folder = folder_of(name)
+    files = file_facts(folder)
+    if not files:
+        return None
+    return hashlib.sha256(_text([files, (folder / "config.json").read_text()]).encode()).hexdigest()
 
 
 def _text(facts: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ktcompile.config import DeviceOptions
 from ktcompile.ops.kv import KV_FORMATS
@@ -20,6 +21,9 @@ class EngineOptions(DeviceOptions):
     kv_cache_memory: that memory in bytes; None: a third of what is free, at most what max_num_seqs sequences of
     max_model_len need. kv_format: a name of `ktcompile.ops.KV_FORMATS`, as "int8"; "auto": the model's dtype.
     enable_prefix_caching: what was computed of the beginning of a request is taken from blocks of others.
+    kv_host_memory: bytes for blocks that the device has no room for; None: none, or with kv_disk_path a quarter of the
+    device's. kv_disk_path: a folder for blocks, which outlive the engine; None: none. kv_disk_size: its bytes at most;
+    None: 16 GiB.
     weight_format, dense_format: as of `ktcompile.config.CompileOptions`. eager: the model is not compiled; answers may
     then depend on what else is computed.
     """
@@ -34,6 +38,9 @@ class EngineOptions(DeviceOptions):
     max_queue_seconds: float = 60.0
     kv_cache_memory: int | None = None
     kv_format: str = _AUTO
+    kv_host_memory: int | None = None
+    kv_disk_path: Path | None = None
+    kv_disk_size: int | None = None
     enable_prefix_caching: bool = True
     weight_format: str = _AUTO
     dense_format: str = _AUTO
@@ -48,6 +55,12 @@ class EngineOptions(DeviceOptions):
             raise ValueError(f"kv_format is {self.kv_format!r}; it must be one of {known}")
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
             raise ValueError(f"kv_cache_memory is {self.kv_cache_memory}; it must be 1 byte or more")
+        if self.kv_host_memory is not None and self.kv_host_memory < 0:
+            raise ValueError(f"kv_host_memory is {self.kv_host_memory}; it must be 0 bytes or more")
+        if self.kv_disk_size is not None and self.kv_disk_size < 1:
+            raise ValueError(f"kv_disk_size is {self.kv_disk_size}; it must be 1 byte or more")
+        if self.kv_disk_size is not None and self.kv_disk_path is None:
+            raise ValueError("kv_disk_size says how large kv_disk_path may become, which is not given")
         self.scheduler_options(1 if self.max_model_len is None else self.max_model_len)
 
     def scheduler_options(self, max_model_len: int) -> SchedulerOptions:

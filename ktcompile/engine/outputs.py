@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ktcompile.engine.receipt import Receipt
+
 # "stop": at a token or a text that ends an answer. "length": at max_tokens, or where the model's positions end.
 # "abort": it was cancelled. "timeout": at its deadline. "error": it could not go on.
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
@@ -47,6 +49,7 @@ class RequestOutput:
 
     prompt_logprobs: one for each token of the prompt, None for the first; None: they were not asked for.
     num_cached_tokens: of the prompt, those that were not computed since another request had; of the first answer.
+    receipt: where those came from, of the first answer too; None: it did not begin, or the model has no engine.
     """
 
     request_id: str
@@ -56,3 +59,4 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: list[Logprobs | None] | None = None
     num_cached_tokens: int = 0
+    receipt: Receipt | None = None

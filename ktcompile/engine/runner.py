@@ -44,7 +44,7 @@ class ModelRunner:
     """A model with memory for keys and values of many sequences.
 
     num_blocks, max_model_len: what that memory holds, and how long a sequence may be. kv_format, layers: what it keeps
-    of each position. UnsupportedModelError: the model cannot run over blocks, and is as it was. ValueError: there is no
+    of each position. storage: that memory, by layer. UnsupportedModelError: the model cannot run over blocks, and is as it was. ValueError: there is no
     memory for one block.
     """
 
@@ -62,7 +62,7 @@ class ModelRunner:
         self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
         self.layers = tuple(layers)
         storage = allocate(self.kv_format, layers, self.num_blocks, options.block_size)
-        self._layers = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
+        self.storage = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
         self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
         with paged_implementation(model):
             self._forward = forward = self._uncompiled()
@@ -83,7 +83,7 @@ class ModelRunner:
 
     def _uncompiled(self) -> Callable[..., Tensor]:
         """Return what runs the model on the tensors of a step."""
-        model, inputs, layers = self.model, self._inputs, self._layers
+        model, inputs, layers = self.model, self._inputs, self.storage
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
         def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, rows: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ModelRunner:
         """Return what `forward` does, compiled when it is first called; the model's weights are taken then."""
         inputs = self._inputs
         for tensor in (
-            *(t for layer in self._layers for t in layer),
+            *(t for layer in self.storage for t in layer),
             inputs.block_table,
             inputs.lengths,
             inputs.query_starts,

@@ -184,19 +184,25 @@ def key_of(model: Path, weight_format: str) -> str:
 
     import ktcompile
 
-    files = []
-    for file in weight_files(model):
-        facts = file.stat()
-        header = xxhash.xxh3_128_hexdigest(header_text(file))
-        files.append([file.name, facts.st_size, facts.st_mtime_ns, header])
     identity = {
-        "files": files,
+        "files": file_facts(model),
         "config": (model / "config.json").read_text(),
         "weight_format": full_name(weight_format),
         "slices": len(_native.numa_nodes()),
         "versions": [VERSION, _CONTENT, _native.LAYOUT_VERSION, ktcompile.__version__, transformers.__version__],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
+
+
+def file_facts(model: Path) -> list[tuple[str, int, int, str]]:
+    """Return name, size, time in nanoseconds and a hash of the header of each file of a model's weights; nothing where
+    they are of another kind. ValueError: a file is damaged."""
+    found = []
+    for file in weight_files(model):
+        facts = file.stat()
+        header = xxhash.xxh3_128_hexdigest(header_text(file))
+        found.append((file.name, facts.st_size, facts.st_mtime_ns, header))
+    return found
 
 
 def _remove_unfinished(folder: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ktcompile.cache.promotion import Loaded
+
 
 class Chunk(NamedTuple):
     """Positions [begin, end) of one request.
@@ -27,10 +29,13 @@ class Chunk(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A request that begins. num_cached_tokens: of its prompt, which others had computed before."""
+    """A request that begins. num_cached_tokens: of its prompt, which others had computed before. loaded: what of them
+    came from behind the device; None: nothing was to. load_seconds: how long that was waited for."""
 
     request_id: str
     num_cached_tokens: int
+    loaded: Loaded | None = None
+    load_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

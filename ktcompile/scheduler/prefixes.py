@@ -13,7 +13,7 @@ class Prefixes:
     Only requests with a `root` take part. A prompt that runs is the leader of its blocks until they are named: a
     request that would compute the same blocks anew waits for it. That ends: the leader is older and runs, and a
     younger prompt has tokens only in steps in which all older ones end, so nobody waits for more than one step longer
-    than its turn would take.
+    than its turn would take, or than the leader's blocks take to be loaded, which has a deadline.
     """
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
@@ -29,7 +29,7 @@ class Prefixes:
         if request.root is None:
             return []
         blocks: list[int] = []
-        for name in self._names(request, request.logits_from // self._size):
+        for name in self.names(request, request.logits_from // self._size):
             block = self._pool.find(name)
             if block is None:
                 return None if name.key in self._leaders else blocks
@@ -41,7 +41,7 @@ class Prefixes:
         if request.root is None:
             return
         request.num_named = request.num_computed_tokens // self._size
-        for name in self._names(request, len(request.token_ids) // self._size)[request.num_named :]:
+        for name in self.names(request, len(request.token_ids) // self._size)[request.num_named :]:
             self._leaders.setdefault(name.key, request)
 
     def note_computed(self, request: Request) -> None:
@@ -49,7 +49,7 @@ class Prefixes:
         full = request.num_computed_tokens // self._size
         if request.root is None or full <= request.num_named:
             return
-        for i, name in enumerate(self._names(request, full)[request.num_named :], request.num_named):
+        for i, name in enumerate(self.names(request, full)[request.num_named :], request.num_named):
             self._pool.name(request.block_table[i], name)
             self._follow(name, request)
         request.num_named = full
@@ -58,7 +58,7 @@ class Prefixes:
         """Lead nothing any more: the request ends, or gives up its blocks."""
         for name in request.block_names[request.num_named :]:
             self._follow(name, request)
-        request.num_named = 0
+        request.num_named = request.num_kept = 0
 
     @property
     def leaders(self) -> set[Request]:
@@ -71,11 +71,7 @@ class Prefixes:
             ahead = leader.block_names[leader.num_named : len(leader.block_table)]
             assert key in {name.key for name in ahead}, f"{leader.request_id} leads what it does not compute"
 
-    def _follow(self, name: BlockName, request: Request) -> None:
-        if self._leaders.get(name.key) is request:
-            del self._leaders[name.key]
-
-    def _names(self, request: Request, count: int) -> list[BlockName]:
+    def names(self, request: Request, count: int) -> list[BlockName]:
         """Return the names of the first `count` blocks, whose tokens are known."""
         names = request.block_names
         assert request.root is not None
@@ -84,3 +80,7 @@ class Prefixes:
             token_ids = tuple(request.token_ids[i * self._size : (i + 1) * self._size])
             names.append(BlockName(child(parent, token_ids), parent, token_ids))
         return names[:count]
+
+    def _follow(self, name: BlockName, request: Request) -> None:
+        if self._leaders.get(name.key) is request:
+            del self._leaders[name.key]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ktcompile.kv.block_pool import BlockName
+
+if TYPE_CHECKING:
+    from ktcompile.cache.promotion import Loaded
+    from ktcompile.scheduler.behind import Loading
 
 
 class RequestTooLongError(ValueError):
@@ -28,7 +33,10 @@ class Request:
     and values. block_table: the blocks of its positions, in order. logits_from: the logits of positions before this
     one are of no use, or were had already. root: the parent of its first block's key; None: it shares no blocks.
     block_names: of its first full blocks, those of which were asked for. num_named: so many of its blocks are found by
-    their names, or others with the same content are.
+    their names, or others with the same content are. num_kept: so many were given to the tiers behind the device, if
+    there are any. loading: its blocks that are on their way; it computes nothing then. looked_up: the number of the first
+    block that was looked for behind the device. began: it had tokens of a step. loaded, load_seconds: what came of a
+    load before that, and how long that was waited for.
     """
 
     request_id: str
@@ -43,6 +51,12 @@ class Request:
     num_preemptions: int = 0
     block_names: list[BlockName] = field(default_factory=list)
     num_named: int = 0
+    num_kept: int = 0
+    loading: Loading | None = None
+    looked_up: int | None = None
+    began: bool = False
+    loaded: Loaded | None = None
+    load_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)

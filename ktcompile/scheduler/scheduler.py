@@ -8,6 +8,8 @@ time. What the rules give (tests/test_scheduler_worlds.py):
 - A request that needs a block where none is free gets one of the youngest that runs, which waits again, ahead of all
   that never ran, and computes anew what it finds in no block. So the oldest always goes on, and each request ends.
 - Blocks that hold the beginning of a request are shared and not computed again (`prefixes.py`, decision 22).
+- Where tiers behind the device have more of it (`behind.py`, decision 25), a request holds its blocks while they are
+  loaded, and computes nothing. Meanwhile younger ones may begin, and have their first tokens before it.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from ktcompile.cache.costs import Recompute
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.kv.layout import blocks_for
 from ktcompile.scheduler.batch import Chunk, Start, Step
+from ktcompile.scheduler.behind import Behind
 from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until, smoothed, until
 from ktcompile.scheduler.prefixes import Prefixes
 from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
@@ -27,13 +31,16 @@ class Scheduler:
     """Decides what each step computes. One thread calls it: `schedule`, the step, `update`, and again.
 
     `add`, `cancel`, `finish` and `expire` may be called between any two of these; a request that ends while its step
-    runs keeps its blocks until `update`. clock: seconds, from any origin.
+    runs keeps its blocks until `update`. clock: seconds, from any origin. behind: the tiers behind the device, if any.
     """
 
-    def __init__(self, options: SchedulerOptions, pool: BlockPool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, options: SchedulerOptions, pool: BlockPool, clock: Callable[[], float], behind: Behind | None = None
+    ) -> None:
         self._options = options
         self._pool = pool
         self._prefixes = Prefixes(pool, options.block_size)
+        self._behind = behind
         self._clock = clock
         # Both in order of arrival; all that run arrived before all that wait.
         self._running: list[Request] = []
@@ -58,6 +65,11 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def recompute(self) -> Recompute | None:
+        """How long tokens of prompts take, as measured; None: nothing was."""
+        return None if self._prompt_rate is None else Recompute(1 / self._prompt_rate)
 
     @property
     def num_queued_tokens(self) -> int:
@@ -101,6 +113,7 @@ class Scheduler:
             self._waiting.remove(request)
             return
         self._running.remove(request)
+        self._cancel_load(request)
         if self._step is None:
             self._release(request)
         else:
@@ -108,8 +121,12 @@ class Scheduler:
 
     def discard(self, request_id: str) -> None:
         """End a request whose keys and values may be wrong: nobody finds its blocks any more. KeyError: as `finish`."""
-        for block in self._requests[request_id].block_table:
+        request = self._requests[request_id]
+        if self._behind is not None:
+            self._behind.forget(request)
+        for block in request.block_table:
             self._pool.forget(block)
+        request.num_kept = request.num_named  # and no tier is given them
         self.finish(request_id)
 
     def cancel(self, request_id: str) -> bool:
@@ -128,18 +145,36 @@ class Scheduler:
         return late
 
     def schedule(self) -> Step | None:
-        """Return the next step; None: no request is left."""
+        """Return the next step; None: no request is left, or all that could go on are being loaded, see `wait`."""
         assert self._step is None, "the last step has no update yet"
+        self.give_back()
         if not self._requests:
             return None
         self._step_begin = self._clock()
+        self._end_loads()
         preempted: list[str] = []
-        chunks, budget = self._continue_running(preempted)
+        started: list[Start] = []
+        chunks, budget = self._continue_running(preempted, started)
         # Who has just given up its blocks could begin at once where others hold copies of them; it waits for its turn.
-        started = [] if preempted else self._start_waiting(budget, chunks)
-        assert chunks, "requests are left and none goes on"
+        if not preempted:
+            self._start_waiting(budget, chunks, started)
+        if not chunks:
+            assert any(request.loading for request in self._running), "requests are left and none goes on"
+            return None
         self._step = Step(tuple(chunks), tuple(preempted), tuple(started))
         return self._step
+
+    def wait(self, seconds: float) -> None:
+        """Return when the oldest load has ended, or after a time; at once where there is none."""
+        loading = next((request for request in self._running if request.loading), None)
+        if loading is not None and self._behind is not None:
+            self._behind.wait(loading, seconds)
+
+    def give_back(self) -> None:
+        """Free the blocks that were held to be copied, and were."""
+        if self._behind is not None:
+            self._behind.give_back()
+            self._behind.maintain()
 
     def update(self, sampled: Mapping[str, int]) -> None:
         """Take in what the step computed.
@@ -157,13 +192,13 @@ class Scheduler:
             if request is not None:
                 request.num_computed_tokens = end = chunk.end
                 request.logits_from = max(request.logits_from, end)
-                self._prefixes.note_computed(request)
+                self._note_computed(request)
                 if chunk.samples:
                     assert request.num_output_tokens < request.max_tokens, f"{name!r} was to be finished"
                     request.token_ids.append(sampled[name])
             elif name in sampled:  # it ended well
                 left[name].num_computed_tokens = chunk.end
-                self._prefixes.note_computed(left[name])
+                self._note_computed(left[name])
         for request in self._leaving:
             self._release(request)
         self._leaving.clear()
@@ -173,8 +208,31 @@ class Scheduler:
         self._prefixes.check()
         assert all(request not in self._waiting for request in self._prefixes.leaders)
 
-    def _continue_running(self, preempted: list[str]) -> tuple[list[Chunk], int]:
-        """Return chunks of requests that run, and how many tokens prompts behind them may have; add to `preempted`."""
+    def _end_loads(self) -> None:
+        """Have requests go on whose blocks have come, or will not."""
+        for request in self._running:
+            if request.loading is None or self._behind is None:
+                continue
+            begin = request.loading.begin
+            loaded = self._behind.ended(request)
+            if loaded is not None:
+                request.num_computed_tokens += len(loaded.tiers) * self._options.block_size
+                self._note_computed(request)
+                if not request.began:
+                    request.loaded, request.load_seconds = loaded, self._step_begin - begin
+
+    def _cancel_load(self, request: Request) -> None:
+        if self._behind is not None:
+            self._behind.cancel(request)
+
+    def _note_computed(self, request: Request) -> None:
+        self._prefixes.note_computed(request)
+        if self._behind is not None:
+            self._behind.keep(request)
+
+    def _continue_running(self, preempted: list[str], started: list[Start]) -> tuple[list[Chunk], int]:
+        """Return chunks of requests that run, and how many tokens prompts behind them may have; add to `preempted`, and
+        to `started` those that were loaded."""
         chunks: list[Chunk] = []
         # The tokens of those that decode are set aside.
         decoding = [request.decodes for request in self._running]
@@ -184,42 +242,63 @@ class Scheduler:
         while position < len(self._running):
             request = self._running[position]
             position += 1
+            if request.loading is not None:
+                continue
             if not decoding[position - 1]:
                 chunk, budget = self._prefill(request, budget)
-                chunks += [chunk] if chunk else []
+                if chunk is not None:
+                    self._begin(request, started)
+                    chunks.append(chunk)
             elif self._grow(request, preempted):
                 chunks.append(_chunk(request, len(request.token_ids)))
         return chunks, budget
 
-    def _start_waiting(self, budget: int, chunks: list[Chunk]) -> list[Start]:
-        """Let waiting requests run while there is room, and return which never ran before; add to `chunks`."""
-        options, before, started = self._options, len(chunks), list[Start]()
+    def _start_waiting(self, budget: int, chunks: list[Chunk], started: list[Start]) -> None:
+        """Let waiting requests run while there is room; add to `chunks`, and to `started` those that never ran."""
+        options, before = self._options, len(self._running)
         while self._waiting and self.num_running < options.max_num_seqs:
             request, total = self._waiting[0], len(self._waiting[0].token_ids)
             found = self._prefixes.find(request)
-            if found is None:
+            if found is None or not self._fits(total, found):
                 break
-            computed = len(found) * options.block_size
-            free = self._pool.num_free + sum(self._pool.holders(block) > 0 for block in found)
-            fits = may_start(total, free, self.num_running, options.block_size)
-            if not fits or prefill_end(computed, total, budget, options.chunk_size) == computed:
+            computed, first, recompute = len(found) * options.block_size, len(found), self.recompute
+            loads = 0 if self._behind is None else self._behind.find(request, first, recompute)
+            if not loads and prefill_end(computed, total, budget, options.chunk_size) == computed:
                 break
             for block in found:
                 self._pool.hold(block)
-            blocks = self._pool.take(blocks_for(total, options.block_size) - len(found))
+            blocks = self._pool.take(blocks_for(total, options.block_size) - first)
             assert blocks is not None
             request.block_table, request.num_computed_tokens = (*found, *blocks), computed
             self._prefixes.start(request)
             self._running.append(self._waiting.popleft())
-            if not request.num_preemptions:
-                started.append(Start(request.request_id, computed))
-                self._count_found(request)
+            if self._behind is not None and loads:
+                self._behind.load(request, first, loads, recompute, self._step_begin)
+                continue
+            self._begin(request, started)
             chunk, budget = self._prefill(request, budget)
             assert chunk is not None
             chunks.append(chunk)
-        if len(chunks) > before:
-            self._measure_starts(len(chunks) - before)
-        return started
+        if len(self._running) > before:
+            self._measure_starts(len(self._running) - before)
+
+    def _fits(self, total: int, found: Sequence[int]) -> bool:
+        """Return whether a request of `total` tokens may have blocks, of which `found` are there."""
+
+        def fits() -> bool:
+            free = self._pool.num_free + sum(self._pool.holders(block) > 0 for block in found)
+            return may_start(total, free, self.num_running, self._options.block_size)
+
+        return fits() or (self._behind is not None and self._behind.take_back() and fits())
+
+    def _begin(self, request: Request, started: list[Start]) -> None:
+        """Note that a request has its first tokens, once."""
+        if request.began:
+            return
+        request.began = True
+        cached = request.num_computed_tokens
+        started.append(Start(request.request_id, cached, request.loaded, request.load_seconds))
+        self._count_found(request)
 
     def _count_found(self, request: Request) -> None:
         if request.root is not None:
@@ -237,6 +316,8 @@ class Scheduler:
         if blocks_for(len(request.token_ids), self._options.block_size) == len(request.block_table):
             return True
         while (blocks := self._pool.take(1)) is None:
+            if self._behind is not None and self._behind.take_back():
+                continue
             youngest = self._running.pop()
             self._preempt(youngest)
             preempted.append(youngest.request_id)
@@ -250,8 +331,9 @@ class Scheduler:
         self._pool.release(request.block_table)
 
     def _preempt(self, request: Request) -> None:
+        self._cancel_load(request)
         self._release(request)
-        request.block_table, request.num_computed_tokens = (), 0
+        request.block_table, request.num_computed_tokens, request.looked_up = (), 0, None
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(request)

@@ -36,6 +36,7 @@ class FakeEngine:
     requests: dict[str, FakeRequest] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     steps: int = 0
+    closed: bool = False
 
     @property
     def has_requests(self) -> bool:
@@ -77,6 +78,12 @@ class FakeEngine:
             if done:
                 del self.requests[name]
         return deltas
+
+    def tier_counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        self.closed = True
 
     def stats(self) -> EngineStats:
         running = min(self.width, len(self.requests))
