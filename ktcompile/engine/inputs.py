@@ -80,5 +80,7 @@ class StepInputs:
         rows += rows[-1:] * (least - len(rows)) if rows else [len(ids) - 1] * least
         of_tokens = np.array((ids, positions, slots, rows) if len(rows) == len(ids) else (ids, positions, slots))
         of_rows = of_tokens[3] if len(of_tokens) == 4 else np.array(rows)
-        parts = of_tokens[0:1], of_tokens[1:2], of_tokens[2], of_rows
-        return StepTensors(*map(torch.from_numpy, parts), places)  # numpy makes parts in less time than torch
+        tensor = torch.from_numpy  # numpy makes parts in less time than torch
+        return StepTensors(
+            tensor(of_tokens[0:1]), tensor(of_tokens[1:2]), tensor(of_tokens[2]), tensor(of_rows), places
+        )
