@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.model_reports import DECODE, FLOAT, MODEL, OURS, PEER, PREFILL, THIRD
 
@@ -48,6 +49,12 @@ class FakeProcess:
         seconds = float(work.size) * (1 if self.name == OURS.name else 2)
         tokens = [1, 2, 3, 4 if self.name == OURS.name else 5] if work == DECODE else []
         return [seconds] * 3, tokens, 100 + turn
+
+    def logits(self):
+        self._behave("logits", self.name)
+        if self.name == THIRD.name:
+            raise ContenderError("it gives none")
+        return np.array([3.0, 4.0] if self.name == OURS.name else [3.0, 3.5], np.float32)
 
     def close(self):
         self.alive = False
@@ -115,6 +122,7 @@ def test_contenders_take_turns_and_begin_by_turns():
     ]
     assert report.results[0].ratios == {peer: 2.0}
     assert report.agreement == {peer: 0.75}
+    assert report.logit_errors == {peer: pytest.approx(0.1)}
 
 
 def test_a_turn_lies_between_two_measurements_and_first_turns_do_not():

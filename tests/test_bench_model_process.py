@@ -107,7 +107,7 @@ def test_transformers_kinds_agree_with_each_cache(monkeypatch, one_torch_thread)
 
     request = {"model": str(tiny_model.path()), "threads": 1, "steps": 4}
     prompts = [list(range(3, 20)), list(range(40, 57))]
-    chosen = []
+    chosen, logits = [], []
     with torch.no_grad():
         for kind, variant, cache in (
             ("transformers", "eager", "dynamic"),
@@ -119,6 +119,9 @@ def test_transformers_kinds_agree_with_each_cache(monkeypatch, one_torch_thread)
                 driver.start(prompts)
                 chosen.append([driver.step() for _ in range(3)])
                 driver.finish()
+            logits.append(driver.logits(prompts[0]))
+            assert logits[-1].argmax() == chosen[0][0][0]
+    assert np.abs(logits[0] - logits[1:]).max() < 0.2 and logits[0].dtype == np.float32
     assert driver.vocab_size == 4096 and driver.facts == {}
     assert all(tokens == chosen[0] for tokens in chosen) and len({tuple(t) for t in chosen[0]}) > 1
 

@@ -177,11 +177,11 @@ def _print_starts(console: Console, report: ModelReport) -> None:
     from rich.table import Table
 
     table = Table("contender", box=box.SIMPLE)
-    for name in ("load s", "first turns s", "memory", "at most", "same tokens"):
+    for name in ("load s", "first turns s", "memory", "at most", "same tokens", "logit error"):
         table.add_column(name, justify="right")
     for contender in report.contenders:
         start = report.starts[contender.name]
-        agreement = report.agreement.get(contender.name)
+        agreement, error = report.agreement.get(contender.name), report.logit_errors.get(contender.name)
         table.add_row(
             contender.name,
             f"{start.load_seconds:.1f}",
@@ -189,6 +189,7 @@ def _print_starts(console: Console, report: ModelReport) -> None:
             "" if start.resident_bytes is None else human(start.resident_bytes),
             "" if start.peak_bytes is None else human(start.peak_bytes),
             "" if agreement is None else f"{agreement:.2f}",
+            "" if error is None else f"{error:.3f}",
         )
     console.print(table)
 

@@ -86,20 +86,27 @@ struct grouped {  // c += scale * sum for each of `groups` groups
   const float* scale;  // [groups][32]
 };
 
-// What is fetched while a tile runs: its own weights `distance` bytes ahead, and `lines` of the panel to come for each
-// pair or quad of k.
+// What is fetched while a tile runs: its own weights `distance` bytes ahead, in two steps where `near` is not 0, and
+// `lines` of the panel to come for each pair or quad of k.
 struct prefetch {
   std::size_t distance = 0;
   const char* next = nullptr;
   int lines = 0;
+  std::size_t near = 0;
 };
+
+[[gnu::always_inline]] inline void fetch_ahead(const char* w, const prefetch& fetch) {
+  if (!fetch.near) return prefetch_l1(w + fetch.distance);
+  prefetch_l2(w + fetch.distance);
+  prefetch_l1(w + fetch.near);
+}
 
 template <class Step, bool Stream, int M, int N>
 [[gnu::always_inline]] inline void sum_pairs(vec::f32 (&acc)[M][N], const char*& w, const typename Step::a_type*& a,
                                              std::size_t pairs, prefetch& fetch) {
   for (std::size_t p = 0; p < pairs; ++p) {
     if constexpr (Stream)
-      for (std::size_t line = 0; line < Step::pair_bytes; line += 64) prefetch_l1(w + fetch.distance + line);
+      for (std::size_t line = 0; line < Step::pair_bytes; line += 64) fetch_ahead(w + line, fetch);
     for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
     Step::run(acc, w, a);
     a += Step::a_per_row * M;
@@ -152,7 +159,7 @@ void tile_columns(const char* w, const typename Step::a_type* a, std::size_t pai
   static_assert(column_vectors % n == 0);
   for (int v = 0; v < column_vectors; v += n)
     tile<Step, Stream, M, n>(w + v * vec::lanes * Step::lane_bytes, a, pairs, c + v * vec::lanes, v * vec::lanes,
-                             v == 0 ? fetch : prefetch{fetch.distance}, job);
+                             v == 0 ? fetch : prefetch{fetch.distance, nullptr, 0, fetch.near}, job);
 }
 
 // Functions by number of rows, 1 to `most`, each made by `make` from that number as a compile-time constant.
@@ -222,8 +229,8 @@ class panel_fetch {
     per_step_ = static_cast<int>(job.rows > vec::max_rows ? (lines + 1) / 2 : lines);
   }
   prefetch operator()(int tile) const {
-    if (tile > 1 || !job_.next) return {job_.distance};
-    return {job_.distance, static_cast<const char*>(job_.next) + tile * steps_ * per_step_ * 64, per_step_};
+    if (tile > 1 || !job_.next) return {job_.distance, nullptr, 0, job_.near};
+    return {job_.distance, static_cast<const char*>(job_.next) + tile * steps_ * per_step_ * 64, per_step_, job_.near};
   }
 
  private:

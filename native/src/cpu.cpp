@@ -91,6 +91,11 @@ bool cpu_is_amd() {
   return zero.ebx == 0x68747541 && zero.edx == 0x69746e65 && zero.ecx == 0x444d4163;  // "AuthenticAMD"
 }
 
+int cpu_family() {
+  const std::uint32_t one = cpuid(1, 0).eax, base = one >> 8 & 15;
+  return static_cast<int>(base == 15 ? base + (one >> 20 & 255) : base);
+}
+
 bool executes(feature_set features) {
   features &= ~cpu_features();
   if (!features) return true;
@@ -110,6 +115,7 @@ bool executes(feature_set features) {
 
 feature_set cpu_features() { return feature::none; }
 bool cpu_is_amd() { return false; }
+int cpu_family() { return 0; }
 bool executes(feature_set features) { return !features; }
 
 #endif

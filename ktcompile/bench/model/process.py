@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ktcompile.bench.model.contenders import KINDS, VLLM_CACHE_GIB, ModelContender
 from ktcompile.bench.model.demand import CONTEXT, Work
@@ -16,6 +19,7 @@ from ktcompile.bench.process import ContenderError, Worker
 _DRIVERS = Path(__file__).with_name("drivers")
 # A prompt is repeated until its calls took so long together, since a short one alone is timed badly.
 _LEAST_SECONDS = 0.5
+_LOGIT_PROMPTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,11 @@ class ModelProcess(Worker):
         far. turn: prompts depend on it."""
         a = self.ask("run", work=work.kind, size=work.size, seed=turn, steps=steps, least_seconds=_LEAST_SECONDS)
         return a["seconds"], a["tokens"], a["peak_bytes"]
+
+    def logits(self) -> np.ndarray:
+        """Return the logits after some prompts, all of them in one row. ContenderError: the library gives none."""
+        answer = self.ask("logits", prompts=_LOGIT_PROMPTS, length=CONTEXT)
+        return np.frombuffer(base64.b64decode(answer["logits"]), np.float32)
 
 
 def gguf(contender: ModelContender, settings: Settings) -> Path:

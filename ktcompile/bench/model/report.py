@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ktcompile.bench.model.contenders import ModelContender
@@ -82,6 +82,7 @@ class Result:
 class ModelReport:
     """machine, method: what it ran on, and how. model: its name and sizes. demands: what each piece of work takes, by
     contender and name of the work. agreement: the share of tokens that a contender chose as the first one did.
+    logit_errors: how far its logits are from those of the first, relative to the norm of these.
     skipped: why contenders were left out, or what they could not do. best: None if nothing was measured."""
 
     machine: dict[str, Any]
@@ -95,6 +96,7 @@ class ModelReport:
     skipped: dict[str, str]
     best: Ceilings | None
     turns: tuple[Turn, ...]
+    logit_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def results(self) -> tuple[Result, ...]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ktcompile.bench.listener import Listener
 from ktcompile.bench.model.contenders import ModelContender
 from ktcompile.bench.model.demand import CONTEXT, Demand, Work, demand
@@ -109,6 +111,8 @@ class _Run:
         self._failed: set[tuple[str, Work]] = set()
         self._long: set[tuple[str, Work]] = set()  # and no longer asked for by this group
         self._chosen: dict[str, dict[str, Sequence[int]]] = {}
+        self._logits: np.ndarray | None = None  # of the first contender
+        self._errors: dict[str, float] = {}
         self._best: Ceilings | None = None
         self._turns: list[Turn] = []
 
@@ -127,6 +131,7 @@ class _Run:
             skipped=dict(self._skipped),
             best=self._best,
             turns=tuple(self._turns),
+            logit_errors=dict(self._errors),
         )
 
     def close(self) -> None:
@@ -168,6 +173,21 @@ class _Run:
             if process.alive:
                 self._first(contender.name, process, work)
             self._listener.advance(1)
+        self._compare(contender.name, process)
+
+    def _compare(self, name: str, process: ModelProcess) -> None:
+        """Compare logits with those of the first contender, if the library shows them."""
+        if not process.alive:
+            return
+        self._listener.note(f"{name}: logits")
+        try:
+            logits = process.logits()
+        except ContenderError:
+            return
+        if name == self._benchmark.contenders[0].name:
+            self._logits = logits
+        elif self._logits is not None:
+            self._errors[name] = float(np.linalg.norm(logits - self._logits) / np.linalg.norm(self._logits))
 
     def _keep(self, contender: ModelContender, loaded: Loaded) -> None:
         own = replace(

@@ -32,6 +32,7 @@ const std::vector<feature_name>& feature_names();
 // What CPUID and the operating system report.
 feature_set cpu_features();
 bool cpu_is_amd();
+int cpu_family();  // as the vendor counts; 0: unknown
 // Whether this CPU executes the named features although CPUID hides them (a hypervisor may): each is
 // tried in a child process. Only features without state of their own can be tried: avx512_bf16.
 bool executes(feature_set features);

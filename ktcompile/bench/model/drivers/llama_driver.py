@@ -62,6 +62,13 @@ class Llama:
     def finish(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        try:
+            self.start([prompt])
+            return self._logits(len(prompt) - 1).copy()
+        finally:
+            self.finish()
+
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> None:
         """Run the model on (token, position, request, whether its logits are wanted), and wait for it."""
         batch = llama_cpp.llama_batch_init(len(entries), 0, 1)
@@ -77,5 +84,8 @@ class Llama:
             raise RuntimeError(f"llama_decode of {len(entries)} tokens returned {status}")
         for i, (_, _, request, wanted) in enumerate(entries):
             if wanted:
-                logits = llama_cpp.llama_get_logits_ith(self._context, i)
-                self._chosen[request] = int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
+                self._chosen[request] = int(self._logits(i).argmax())
+
+    def _logits(self, entry: int) -> np.ndarray:
+        """Return those of an entry of the last batch, until the next one."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, entry), (self.vocab_size,))

@@ -2,6 +2,7 @@
 
     set up   driver, and what its module's `load` takes     ->  load_seconds, resident_bytes, versions, facts
     run      work, size, seed, steps, least_seconds          ->  seconds of each call, tokens, peak_bytes
+    logits   prompts, length                                 ->  logits: fp32 [prompts, vocab_size] in base64
 
 work is "prefill" (a prompt of `size` tokens) or "decode" (a token for each of `size` requests). A driver is a module
 with `load(request)` that returns an object with
@@ -10,10 +11,12 @@ with `load(request)` that returns an object with
     start(prompts)             run the model on lists of ids, one for each request, until each has its next token
     step()                     run it on those, until each has the token after; return what it was run on
     finish()                   forget the requests
+    logits(prompt)             return those after a list of ids, an fp32 array; a driver may lack it
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import importlib
 import json
@@ -40,7 +43,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request.pop("do") == "set up":
+            do = request.pop("do")
+            if do == "set up":
                 module = importlib.import_module(request.pop("driver"))
                 begin = time.perf_counter()
                 driver = module.load(request)
@@ -51,6 +55,8 @@ def main() -> None:
                     "versions": versions(),
                     "facts": driver.facts,
                 }
+            elif do == "logits":
+                answer = {"logits": logits(driver, **request)}
             else:
                 answer = {**run(driver, **request), "peak_bytes": memory("VmHWM")}
         except Exception as error:  # of any library; who asked decides what to do without it
@@ -88,6 +94,16 @@ def run(driver: Any, work: str, size: int, seed: int, steps: int, least_seconds:
     finally:
         driver.finish()
     return {"seconds": taken, "tokens": tokens}
+
+
+def logits(driver: Any, prompts: int, length: int) -> str:
+    """Return the logits after each of some prompts, the same for every driver."""
+    generator = random.Random("logits")
+    found = bytearray()
+    for _ in range(prompts):
+        prompt = [generator.randrange(_LEAST_ID, driver.vocab_size) for _ in range(length)]
+        found += driver.logits(prompt).tobytes()
+    return base64.b64encode(found).decode()
 
 
 def memory(field: str) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
@@ -70,6 +71,12 @@ class Transformers:
 
     def finish(self) -> None:
         self._cache = None
+
+    def logits(self, prompt: list[int]) -> np.ndarray:
+        cache = self._new_cache(1, len(prompt) + self._room)
+        ids = torch.tensor([prompt])
+        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return np.asarray(logits[0, -1].float())
 
     def _call(self, ids: torch.Tensor) -> None:
         logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
