@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +14,8 @@ from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.scheduler.batch import Chunk
 
 
-class Delta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Delta:
     """What a step added to one answer of a request.
 
     index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer

@@ -19,7 +19,7 @@ import math
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +43,7 @@ class NotFiniteError(ArithmeticError):
         self.rows = rows
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """A token that was chosen. logprobs: of it and of the likeliest ones, where they were asked for."""
 
     token_id: int
@@ -127,25 +126,26 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     NotFiniteError: the largest logit of a row is NaN or infinite.
     """
     assert logits.dim() == 2 and len(logits) == len(states), f"{len(states)} states for logits {tuple(logits.shape)}"
-    rows = logits.detach().float().cpu()
-    values = rows.numpy()
-    likeliest = values.argmax(-1)  # NaN where there is one
-    finite = np.isfinite(values[np.arange(len(values)), likeliest])
-    tokens: list[int | None] = likeliest.tolist() if finite.all() else np.where(finite, likeliest, None).tolist()
+    # What a step of decode does here is not in the processor's caches, so each operation costs more than its work.
+    rows = logits if logits.dtype == torch.float32 else logits.float()
+    values = rows.numpy(force=True)
     scratch: Row | None = None  # for all rows: memory that is new costs as much as what is done in it
-    for i, state in enumerate(states):
-        if tokens[i] is not None and not state.takes_largest:
+    found: list[Sampled] = []
+    wrong: list[int] = []
+    for i, likeliest in enumerate(values.argmax(-1).tolist()):  # NaN where there is one
+        state, token = states[i], likeliest if math.isfinite(values.item(i, likeliest)) else None
+        if token is not None and not state.takes_largest:
             scratch = np.empty(values.shape[1]) if scratch is None else scratch
             scratch[:] = values[i]
-            tokens[i] = _choose(scratch, state)
-    wrong = [i for i, token in enumerate(tokens) if token is None]
+            token = _choose(scratch, state)
+        if token is None:
+            wrong.append(i)
+            continue
+        count = state.params.logprobs
+        found.append(Sampled(token, None if count is None else token_logprobs(rows[i], token, count)))
     if wrong:
         raise NotFiniteError(wrong)
-    return [
-        Sampled(token, None if (count := state.params.logprobs) is None else token_logprobs(rows[i], token, count))
-        for i, (token, state) in enumerate(zip(tokens, states, strict=True))
-        if token is not None
-    ]
+    return found
 
 
 def token_logprobs(logits: Tensor, token: int, count: int) -> Logprobs:
