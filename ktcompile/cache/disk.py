@@ -35,9 +35,9 @@ _PASSING = frozenset({errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, err
 class DiskOptions:
     """How records are kept.
 
-    width: bytes of an element, for the codec; 0: payloads are stored as they are. min_free: bytes that the disk must
-    have left. sync: whether a record's bytes are on the disk before it gets its name. Without, one that was published
-    just before a loss of power is likely a miss; what is served is checked in any case.
+    width: bytes of an element for the codec, as of `BlockMemory.width`; 0: payloads are stored as they are. min_free:
+    bytes that the disk must have left. sync: whether a record's bytes are on the disk before it gets its name. Without,
+    one that was published just before a loss of power is likely a miss; what is served is checked in any case.
     """
 
     width: int = 0

@@ -173,7 +173,7 @@ def _pin(args: argparse.Namespace, folder: Path) -> int:
         until = 0.0 if args.undo else time.time() + args.ttl
         store.pin(entry.key, until)
     verb = "no longer pinned" if args.undo else "pinned"
-    record = {"key": entry.key.hex(), "pinned_until": _time(until)}
+    record: dict[str, object] = {"key": entry.key.hex(), "pinned_until": _time(until)}
     return _print(args, record, [f"{entry.key.hex()[:12]} is {verb}"])
 
 
