@@ -60,7 +60,7 @@ class Reserved:
 
 
 class HostStore:
-    """Blocks of `block_bytes` in the slots of `arena`, chosen by `policy`, whose capacity is no larger. An arena without
+    """Blocks of `block_bytes` in the slots of `arena`, chosen by `policy`, whose capacity is no larger. One without
     a slot takes no block.
 
     A block is there from `publish` on, and only behind its parent. verify: whether the checksum of a block is compared

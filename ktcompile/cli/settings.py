@@ -43,7 +43,7 @@ _HELP = {
     "max_queued_tokens": "their tokens together",
     "max_queue_seconds": "that a request may be expected to wait; 0: any time",
     "kv_cache_memory": "for keys and values, as 4G (default: a third of what is free)",
-    "kv_host_memory": "for blocks that no longer fit there (default: none; with --kv-disk-path a quarter of the device's)",
+    "kv_host_memory": "for blocks behind these (default: none; with --kv-disk-path a quarter of them)",
     "kv_disk_path": "folder for blocks, which the next start finds again",
     "kv_disk_size": "of that folder, as 50G (default: 16G)",
     "kv_format": "of keys and values: auto, or int8",

@@ -67,8 +67,8 @@ def namespace_of(
 
 def weights_of(name: str, options: EngineOptions) -> str | None:
     """Return what identifies the weights of a model that `ktcompile.models.load.locate` named: a digest of its
-    configuration and of the names, sizes, times and headers of its files, wherever these are. None: it is not asked for,
-    or the weights are of another kind."""
+    configuration and of the names, sizes, times and headers of its files, wherever these are. None: nothing outlives
+    the engine, or the weights are of another kind."""
     if options.kv_disk_path is None:
         return None
     folder = folder_of(name)

@@ -6,7 +6,6 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from ktcompile.cache.block_id import KEY_SIZE
 from ktcompile.cache.counters import Counters

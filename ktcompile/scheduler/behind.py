@@ -1,4 +1,4 @@
-"""The tiers behind the device, as the scheduler uses them: named blocks are kept there, and beginnings come from there."""
+"""The tiers behind the device, as the scheduler uses them: named blocks go there, and beginnings come from there."""
 
 from __future__ import annotations
 

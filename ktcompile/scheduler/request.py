@@ -34,9 +34,9 @@ class Request:
     one are of no use, or were had already. root: the parent of its first block's key; None: it shares no blocks.
     block_names: of its first full blocks, those of which were asked for. num_named: so many of its blocks are found by
     their names, or others with the same content are. num_kept: so many were given to the tiers behind the device, if
-    there are any. loading: its blocks that are on their way; it computes nothing then. looked_up: the number of the first
-    block that was looked for behind the device. began: it had tokens of a step. loaded, load_seconds: what came of a
-    load before that, and how long that was waited for.
+    there are any. loading: its blocks that are on their way; it computes nothing then. looked_up: the number of the
+    first block that was looked for behind the device. began: it had tokens of a step. loaded, load_seconds: what came
+    of a load before that, and how long that was waited for.
     """
 
     request_id: str
