@@ -74,6 +74,7 @@ class Tiers:
         self._forgotten: set[bytes] = set()  # not removed yet
         self._pins: dict[bytes, float] = {}  # those of the host
         self._maintained = clock()
+        self._closed = False
 
     @property
     def counters(self) -> dict[str, int]:
@@ -192,8 +193,11 @@ class Tiers:
     def close(self) -> bool:
         """Write what only the host has to disk, as far as there is time, and give up the tiers. False: threads hang.
 
-        The caller's thread waits for this.
+        The caller's thread waits for this. What is asked of the tiers afterwards is a miss.
         """
+        if self._closed:
+            return True
+        self._closed = True
         until = self._clock() + self._options.close_seconds
         self._storers.submit(lambda: self._flush(until))
         stored = self._storers.close(self._options.close_seconds + 1.0)

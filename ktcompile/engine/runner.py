@@ -44,8 +44,8 @@ class ModelRunner:
     """A model with memory for keys and values of many sequences.
 
     num_blocks, max_model_len: what that memory holds, and how long a sequence may be. kv_format, layers: what it keeps
-    of each position. storage: that memory, by layer. UnsupportedModelError: the model cannot run over blocks, and is as it
-    was. ValueError: there is no memory for one block.
+    of each position. storage: that memory, by layer. UnsupportedModelError: the model cannot run over blocks, and is as
+    it was. ValueError: there is no memory for one block.
     """
 
     def __init__(self, model: PreTrainedModel, options: EngineOptions) -> None:
