@@ -133,9 +133,9 @@ def play(seed: int) -> TieredWorld:
         block_size=block_size,
         chunk_size=chunk_size,
     )
-    num_blocks = max(1, rng.choice([20, 40, 60]) // block_size)
-    world = TieredWorld(options, num_blocks, rng.choice([2, 10, 60]), rng.choice([1, 4, 100]))
-    arrivals = sorted(rng.expovariate(1.0) * rng.choice([1, 30]) for _ in range(rng.randint(5, 25)))
+    num_blocks = max(1, rng.choice([35, 40, 60]) // block_size)
+    world = TieredWorld(options, num_blocks, rng.choice([2, 20, 100]), rng.choice([1, 4, 100]))
+    arrivals = sorted(rng.expovariate(1.0) * rng.choice([1, 30]) for _ in range(rng.randint(5, 40)))
     eager, rotten, rude = rng.choice([0.0, 0.3, 0.9, 1.0]), rng.choice([0.0, 0.1]), rng.choice([0.0, 0.05])
     order = 0
     for _ in range(10_000):
@@ -174,7 +174,7 @@ def play(seed: int) -> TieredWorld:
 def _client(rng: random.Random, order: int, now: float) -> Client:
     length = rng.choice([1, 3, 10])
     own = [rng.randrange(100) for _ in range(rng.choice([1, 3, 10]))]
-    shared = [rng.choice([0, 1, 2])] * rng.choice([0, 12, 20])
+    shared = [rng.randrange(5)] * rng.choice([0, 12, 20])
     deadline = now + rng.uniform(0, 20) if rng.random() < 0.1 else None
     return Client(order, shared + own, length, length, deadline, rng.random() < 0.1, rng.choice(ROOTS))
 
