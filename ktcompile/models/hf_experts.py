@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ktcompile.graph.experts import describe
-from ktcompile.log import warn_once
 from ktcompile.models.fp8_experts import Fp8Weights, fp8_experts
+from ktcompile.models.traced import note, run_as_traced
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
@@ -190,7 +190,7 @@ def _stock(module: nn.Module, *args: Any) -> torch.Tensor:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     *inputs, reason = args
-    _log(f"{type(module).__name__} is left to the stock implementation: {reason}")
+    note(f"{type(module).__name__} is left to the stock implementation: {reason}")
     result: torch.Tensor = grouped_mm_experts_forward(module, *inputs)
     return result
 
@@ -199,7 +199,7 @@ def _stock_fp8(module: nn.Module, *args: Any) -> torch.Tensor:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 
     *inputs, reason = args
-    _log(f"{type(module).__name__} is left to the stock implementation: {reason}")
+    note(f"{type(module).__name__} is left to the stock implementation: {reason}")
     result: torch.Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *inputs)
     return result
 
@@ -246,16 +246,11 @@ def _refuse_copies(module: nn.Module, state: dict[str, Any], prefix: str, metada
         errors.append(f"{' and '.join(names)} exist only packed; use load_state_dict with assign=True")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _log(message: str) -> None:
-    warn_once(message)
-
-
 _adopted: weakref.WeakKeyDictionary[nn.Module, PackedExperts] = weakref.WeakKeyDictionary()
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[str, tuple[str | None, ...], str]] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@run_as_traced
 def _facts(module: nn.Module) -> tuple[str, tuple[str | None, ...], str]:
     """Return (encoded spec, names of parameters, "") or ("", (), reason)."""
     if module not in _known:
