@@ -44,6 +44,7 @@ _HELP = {
     "max_queue_seconds": "that a request may be expected to wait; 0: any time",
     "kv_cache_memory": "for keys and values, as 4G (default: a third of what is free)",
     "kv_format": "of keys and values: auto, or int8",
+    "enable_prefix_caching": "compute what requests begin with alike once",
     "weight_format": "of experts: auto (as in the model), or a name of `ktc generate --help`",
     "dense_format": "likewise of large linear layers",
     "eager": "run the model without compiling it",
