@@ -287,7 +287,7 @@ class AsyncEngine:
                 if not self._unfinished[delta.request_id]:
                     del self._unfinished[delta.request_id]
         if self._observer is not None:
-            self._observer.stepped(deltas, self._stats, time.monotonic() - begin)
+            self._observer.stepped(deltas, self._stats, self.engine.last_step, time.monotonic() - begin)
         if deltas:
             self._call_loop(self._deliver, deltas)
         if self._failures == _FAILURES:

@@ -114,6 +114,7 @@ class Engine:
         self._answers: dict[str, _Answer] = {}  # by the name that the scheduler knows
         self._ended: list[Delta] = []  # between steps
         self._prompt_tokens = self._generated_tokens = self._steps = 0
+        self.last_step: Step | None = None  # what the last `step` computed
 
     @property
     def has_requests(self) -> bool:
@@ -173,7 +174,7 @@ class Engine:
         for name in self._scheduler.expire():
             self._ended.append(self._close(name, "timeout"))
         deltas, self._ended = self._ended, []
-        step = self._scheduler.schedule()
+        step = self.last_step = self._scheduler.schedule()
         if step is not None:
             self._run(step, deltas)
             self._steps += 1
