@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -79,6 +80,14 @@ def test_a_stream_is_the_whole_in_pieces(client: OpenAI, model: str) -> None:
     assert "".join(pieces) == whole.choices[0].text
     assert len(pieces) > 5
     assert usage == whole.usage
+    each = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(
+            model=model, prompt="import ", max_tokens=30, temperature=0, stream=True, stream_options=each
+        )
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert len(counts) == len(chunks) and counts == [*range(1, 31), 30] and chunks[-1].usage == whole.usage
 
 
 def test_several_prompts_in_a_stream(client: OpenAI, model: str) -> None:
@@ -251,9 +260,27 @@ def test_responses(client: OpenAI, model: str) -> None:
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
     assert events[0].type == "response.created" and events[-1].type == "response.incomplete"
     assert [e.sequence_number for e in events] == list(range(len(events)))
+    assert events[-1].response.output_text == whole.output_text and events[-1].response.usage == whole.usage
     text = {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}}
     formed = client.responses.create(model=model, input="x", max_output_tokens=100, text=text)
     assert formed.status == "completed" and set(json.loads(formed.output_text)) == {"a", "b"}
+
+
+def test_the_clients_own_reader_of_response_streams_is_content(client: OpenAI, model: str) -> None:
+    """It keeps a snapshot by the indices of items and parts, and fails where an event does not fit."""
+    kinds, text = [], ""
+    with client.responses.stream(model=model, input="def f(", max_output_tokens=12, temperature=0) as stream:
+        for event in stream:
+            kinds.append(event.type.removeprefix("response."))
+            if event.type == "response.output_text.delta":
+                text += event.delta
+                assert event.snapshot == text
+            if event.type == "response.output_text.done":
+                assert event.text == text
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [
+        *("created", "in_progress", "output_item.added", "content_part.added", "output_text.delta"),
+        *("output_text.done", "content_part.done", "output_item.done", "incomplete"),
+    ]
 
 
 def test_errors_have_the_classes_of_the_client(client: OpenAI, model: str) -> None:

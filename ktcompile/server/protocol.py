@@ -23,7 +23,10 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
+    """continuous_usage_stats: vLLM's: with include_usage each event has what was used so far."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class StructuredOutputs(Strict):
