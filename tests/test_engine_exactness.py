@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers.engines import Answer, engine_of, memory_of, prompts, serve, tiny
+from helpers.processes import run_python
 
 from ktcompile.engine.engine import Engine
 from ktcompile.engine.generate import generate
@@ -77,3 +79,28 @@ def test_tokens_are_those_of_the_compiled_model(family: str) -> None:
     torch._dynamo.reset()
     engine = engine_of(tiny(family))
     assert serve(engine, [(PROMPT, GREEDY)])[0].token_ids == expected
+
+
+def test_tokens_are_the_same_after_a_restart() -> None:
+    """Of the embedded model in two processes of other numbers of threads: the second has other cuts of prompts."""
+    program = """
+        import json, sys
+        import ktcompile
+
+        def main():
+            ktcompile.set_num_threads({threads})
+            llm = ktcompile.LLM({options})
+            prompts = ["def fibonacci(n):", "import os\\n" * 40, "class Tree:\\n    def insert(self, key):\\n"]
+            params = [
+                ktcompile.SamplingParams(24, 0.0, logprobs=3),
+                ktcompile.SamplingParams(24, 0.9, seed=11, n=2, logprobs=3),
+                ktcompile.SamplingParams(24, 1.1, 0.9, seed=-4, presence_penalty=0.5),
+            ]
+            records = llm.generate(prompts, params)
+            print(json.dumps([[repr(o) for o in record.outputs] for record in records]))
+
+        main()
+    """
+    narrow = "max_num_seqs=3, max_num_batched_tokens=34, chunk_size=32, block_size=16"
+    first, second = (run_python(program.format(threads=n, options=o)) for n, o in ((1, ""), (2, narrow)))
+    assert first == second and len(json.loads(first)[1]) == 2

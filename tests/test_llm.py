@@ -52,6 +52,24 @@ def test_an_answer_is_what_the_model_generates(llm, stock):
     assert answer.text and answer.text == whole.rstrip("\ufffd")  # an unfinished character is left out
 
 
+def test_a_model_that_the_engine_refuses_answers_with_its_own_weights(folder, monkeypatch):
+    """It mixes tokens, which is found by running it: nothing of it was taken or changed by then."""
+
+    def mixing(*args, **options):
+        model = ktcompile.load(*args, **options)
+        model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out + out.mean(1, keepdim=True))
+        return model
+
+    monkeypatch.setattr(engine, "load", mixing)
+    llm = ktcompile.LLM(folder)
+    stock = mixing(folder)
+    assert llm._engine is None and llm.model.config._attn_implementation == stock.config._attn_implementation
+    ids = byte_level_tokenizer()(PROMPT)["input_ids"]
+    expected = list(generate(stock, ids, 12))
+    (request,) = llm.generate(PROMPT, GREEDY)
+    assert request.outputs[0].token_ids == expected
+
+
 def test_prompts_are_texts_or_tokens_one_or_several(llm):
     ids = byte_level_tokenizer()(PROMPT)["input_ids"]
     several = llm.generate([PROMPT, {"prompt_token_ids": ids}, {"prompt": PROMPT}], GREEDY)

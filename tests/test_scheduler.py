@@ -231,6 +231,89 @@ def test_requests_that_are_none(prompt, max_tokens, words):
     assert scheduler.schedule() is None
 
 
+def alike(order: int, prompt: int, length: int = 4, **others) -> Client:
+    """Return a client whose prompt begins as those of all others."""
+    return Client(order, list(range(prompt)), length, others.pop("max_tokens", length), **others)
+
+
+def test_what_was_computed_is_not_computed_again():
+    one = world()
+    one.add(alike(0, 12, 1))
+    assert ranges(one) == {"r0": (0, 12)}
+    one.add(alike(1, 11))
+    one.add(alike(2, 12))  # one position at least is computed
+    one.add(alike(3, 13))
+    one.add(alike(4, 13, prompt_logits=True))
+    assert ranges(one) == {"r1": (8, 11), "r2": (8, 12), "r3": (12, 13), "r4": (0, 8)}
+    one.finish()
+    assert (one.scheduler.prefix_cache_queries, one.scheduler.prefix_cache_hits) == (12 + 11 + 12 + 13 + 13, 8 + 8 + 12)
+
+
+def test_what_an_answer_added_is_found_by_the_next_turn():
+    one = world()
+    first = alike(0, 6, 7)
+    one.add(first)
+    one.finish()
+    one.add(Client(1, [*first.prompt, *first.tokens, 5], 1, 1))
+    assert ranges(one) == {"r1": (12, 14)}  # the last token was sampled and not computed
+
+
+@pytest.mark.parametrize("root", [None, b"other"])
+def test_requests_of_other_roots_share_nothing(root):
+    one = world()
+    one.add(alike(0, 9, 1))
+    ranges(one)
+    one.add(alike(1, 9, 1, root=root))
+    assert ranges(one) == {"r1": (0, 9)}
+
+
+def test_a_request_waits_for_the_one_that_computes_its_beginning():
+    one = world()
+    for order in range(3):
+        one.add(alike(order, 22, 9))
+    one.add(client(3, 2))
+    assert ranges(one) == {"r0": (0, 16)}
+    assert ranges(one) == {"r0": (16, 22)}
+    assert ranges(one) == {"r0": (22, 23), "r1": (20, 22), "r2": (20, 22), "r3": (0, 2)}
+
+
+def test_who_waits_goes_on_where_the_one_before_it_leaves():
+    one = world()
+    for order in range(2):
+        one.add(alike(order, 40, 9))
+    assert [ranges(one), ranges(one)] == [{"r0": (0, 16)}, {"r0": (16, 32)}]
+    one.cancel("r0")
+    assert ranges(one) == {"r1": (32, 40)}
+
+
+def test_who_was_preempted_finds_its_blocks():
+    one = world(num_blocks=9)
+    one.add(client(0, 15, 8))
+    one.add(client(1, 11, 12))
+    begins = []
+    while one.left:
+        one.begin_step()
+        begins += [chunk.begin for chunk in one.step.chunks if chunk.request_id == "r1" and len(chunk.token_ids) > 1]
+        one.end_step()
+        one.check_pool()
+    assert one.preemptions == 1
+    assert begins[0] == 0 and begins[1:] and begins[1] >= 8, begins
+
+
+def test_nobody_finds_what_may_be_wrong():
+    one = world()
+    one.add(alike(0, 20, 5))
+    ranges(one)
+    one.begin_step()
+    one.scheduler.discard("r0")
+    one.clients["r0"].ended = "cancelled"
+    one.scheduler.update({})
+    one.step, one.content = None, {}
+    one.check_pool()
+    one.add(alike(1, 20, 1))
+    assert ranges(one) == {"r1": (0, 16)}
+
+
 def test_options_that_would_starve_prompts_are_refused():
     with pytest.raises(ValueError, match="max_num_batched_tokens is 16; it must be 17 or more"):
         world(max_num_seqs=10)
@@ -264,12 +347,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 4),
         patience=st.none() | st.integers(1, 20),
         prompt_logits=st.booleans(),
+        shared=st.integers(0, 25),
+        root=st.sampled_from([None, b"a", b"b"]),
     )
-    def add(self, prompt, length, spare, patience, prompt_logits):
+    def add(self, prompt, length, spare, patience, prompt_logits, shared, root):
         deadline = None if patience is None else self.world.now + patience
-        new = client(
-            self.orders, prompt, length, max_tokens=length + spare, deadline=deadline, prompt_logits=prompt_logits
-        )
+        tokens = [1] * min(prompt, shared) + [self.orders * 1000 + i for i in range(prompt - shared)]
+        new = Client(self.orders, tokens, length, length + spare, deadline, prompt_logits, root)
         try:
             self.world.add(new)
         except RequestTooLongError:

@@ -66,19 +66,22 @@ def play(seed: int) -> World:
 
 def _client(rng: random.Random, order: int, now: float, impatient: float) -> Client:
     prompt, length = rng.choice([1, 3, 10, 35]), rng.choice([1, 3, 10, 25])
+    own = [rng.randrange(100) for _ in range(rng.randint(1, prompt))]
+    shared = [rng.choice([0, 1])] * rng.choice([0, 0, 5, 16, 20])
     return Client(
         order,
-        [rng.randrange(100) for _ in range(rng.randint(1, prompt))],
+        (shared + own)[:35],
         length,
         length + rng.choice([0, 0, 3]),
         deadline=now + rng.uniform(0, 15) if rng.random() < impatient else None,
         prompt_logits=rng.random() < 0.2,
+        root=rng.choice([None, b"a", b"b", b"b", b"b"]),
     )
 
 
 @pytest.mark.parametrize("part", range(10))
 def test_worlds(part):
-    ended, preemptions = dict.fromkeys(("complete", "cancelled", "expired"), 0), 0
+    ended, preemptions, hits = dict.fromkeys(("complete", "cancelled", "expired"), 0), 0, 0
     for seed in range(part, WORLDS, 10):
         try:
             world = play(seed)
@@ -86,11 +89,12 @@ def test_worlds(part):
             print(f"play({seed}) fails", file=sys.stderr)
             raise
         preemptions += world.preemptions
+        hits += world.hits
         assert world.preemptions == world.scheduler.num_preemptions
         for client in world.clients.values():
             ended[client.ended] += 1
     # The worlds are such that all of it happens.
-    assert preemptions > 9 and ended["complete"] > 400 and min(ended.values()) > 5
+    assert preemptions > 9 and hits > 400 and ended["complete"] > 400 and min(ended.values()) > 5
 
 
 def test_a_world_is_the_same_each_time():

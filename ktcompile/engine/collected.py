@@ -20,19 +20,28 @@ class Collected:
         self._prompt_token_ids = list(prompt_token_ids)
         self._answers = [_Answer(params.logprobs is not None) for _ in range(params.n)]
         self._prompt_logprobs: list[Logprobs | None] | None = None
+        self._num_cached_tokens = 0
 
     def add(self, delta: Delta) -> None:
         """Take the next one."""
         self._answers[delta.index].add(delta)
         if delta.prompt_logprobs is not None:
             self._prompt_logprobs = delta.prompt_logprobs
+        if delta.index == 0:
+            self._num_cached_tokens = delta.num_cached_tokens
 
     def output(self) -> RequestOutput:
         """Return the request with its answers as they are now."""
         outputs = [answer.output(index) for index, answer in enumerate(self._answers)]
         finished = all(output.finish_reason is not None for output in outputs)
         return RequestOutput(
-            self._request_id, self._prompt, self._prompt_token_ids, outputs, finished, self._prompt_logprobs
+            self._request_id,
+            self._prompt,
+            self._prompt_token_ids,
+            outputs,
+            finished,
+            self._prompt_logprobs,
+            self._num_cached_tokens,
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 # What a tokenizer gives for bytes that are no UTF-8, such as the first half of a character.
 _REPLACEMENT = "\ufffd"
 # Tokens of a prompt that are decoded once more with the first new ones.
 _CONTEXT = 32
+# Tokens that are decoded with each new one, before the oldest are left out.
+_LONGEST = 8
 
 
 class Decoder(Protocol):
@@ -25,37 +27,51 @@ class IncrementalText:
     """
 
     def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        # The text of [0, _read) was given already, that of [_read, len) was not. A tokenizer may drop the space
-        # before its first token, so decoding begins one piece before; a piece begins where a character does. The end of
-        # a prompt is enough: what a cut through a character gives is the same with and without the new text.
+        self._decode = _plain(tokenizer, skip_special_tokens)
+        # The text of [0, _read) is _given. A tokenizer may drop the space before its first token, so decoding begins
+        # one piece before what is new, that at _piece; a piece begins where a character does. The end of a prompt is
+        # enough: what a cut through a character gives is the same with and without the new text.
         self._ids = list(prompt_ids[-_CONTEXT:])
-        self._read = len(self._ids)
+        self._piece, self._read = 0, len(self._ids)
+        self._given = self._decode(self._ids)
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes; it may be empty."""
         self._ids.append(token)
-        text = self._new_text()
-        if not text or text.endswith(_REPLACEMENT):
+        text = self._decode(self._ids)
+        new = text[len(self._given) :]
+        if not new:
+            if not self._decode([token]):  # it has no text anywhere
+                self._ids.pop()
             return ""
-        self._ids = self._ids[self._read :]
-        self._read = len(self._ids)
-        return text
+        if new.endswith(_REPLACEMENT):
+            return ""
+        self._piece, self._read, self._given = self._read, len(self._ids), text
+        if self._read > _LONGEST:
+            self._ids = self._ids[self._piece :]
+            self._piece, self._read, self._given = 0, len(self._ids), self._decode(self._ids)
+        return new
 
     def end(self) -> str:
         """Return what was held back, without an incomplete character at its end."""
-        text = self._new_text()
-        self._read = len(self._ids)
-        return text.rstrip(_REPLACEMENT)
-
-    def _new_text(self) -> str:
-        return self._decode(self._ids)[len(self._decode(self._ids[: self._read])) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return decode(self._tokenizer, ids, skip_special_tokens=self._skip_special_tokens)
+        text = self._decode(self._ids)
+        new, self._given = text[len(self._given) :], text
+        return new.rstrip(_REPLACEMENT)
 
 
 def decode(tokenizer: Decoder, token_ids: list[int], *, skip_special_tokens: bool) -> str:
     """Return the text of tokens, spaces as they are."""
     return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def _plain(tokenizer: Any, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+    """Return `decode` of a tokenizer, where it is nothing but its tokenizers.Tokenizer's that of the latter: 1.5 us a
+    call in place of 7."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    fast = PreTrainedTokenizerFast
+    if isinstance(tokenizer, fast) and (kind.decode, kind._decode) == (fast.decode, fast._decode):
+        backend = tokenizer.backend_tokenizer
+        return lambda ids: backend.decode(ids, skip_special_tokens)
+    return lambda ids: decode(tokenizer, ids, skip_special_tokens=skip_special_tokens)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from ktcompile.cache.key import root
 from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
+from ktcompile.engine.namespace import namespace_of
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import FinishReason, Logprobs
 from ktcompile.engine.runner import ModelRunner
@@ -30,13 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What a step added to one answer of a request.
 
     index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer
     included. logprobs: one for each of these; None: they were not asked for. finish_reason, stop_reason: as of
     `ktcompile.engine.outputs.CompletionOutput`. prompt_logprobs: with the first delta of answer 0, if asked for.
+    num_cached_tokens: of the prompt, those that this answer did not compute when it began.
     """
 
     request_id: str
@@ -48,6 +51,7 @@ class Delta:
     stop_reason: int | str | None
     num_prompt_tokens: int
     prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class EngineStats:
 
     num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is
     held, 0 to 1. prompt_tokens, generated_tokens: of answers that began to come, and of all answers.
+    prefix_cache_queries, prefix_cache_hits: tokens of prompts that began to run, and those that were not computed then.
     """
 
     num_running: int
@@ -67,6 +72,8 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     steps: int
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
 
 
 class Engine:
@@ -108,6 +115,16 @@ class Engine:
         self.vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
         self._runner = ModelRunner(model, options)
         self.max_model_len = self._runner.max_model_len
+        self.namespace = namespace_of(
+            model,
+            tokenizer,
+            options,
+            self._runner.kv_format.name,
+            self._runner.layers,
+            weights=secrets.token_hex(),  # nobody else's: the blocks are gone with this engine
+        )
+        self._caches = options.enable_prefix_caching
+        self._secret = secrets.token_bytes()
         self._pool = BlockPool(self._runner.num_blocks)
         self._scheduler = Scheduler(options.scheduler_options(self.max_model_len), self._pool, clock)
         self._requests: dict[str, _Request] = {}
@@ -129,11 +146,13 @@ class Engine:
         *,
         prompt: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> None:
         """Let a request wait for its turn; `params.n` answers are computed side by side.
 
         Answers are at most as long as positions are left. prompt: its text, for messages. deadline: by the engine's
-        clock, time.monotonic; what has not ended then ends with "timeout". QueueFullError: too much waits.
+        clock, time.monotonic; what has not ended then ends with "timeout". cache_salt: keys and values are shared only
+        with requests of the same one. QueueFullError: too much waits.
         RequestTooLongError: there are no positions or blocks for it. ValueError: the prompt is empty or has tokens that
         the model lacks, params do, or the id is in use.
         """
@@ -141,17 +160,25 @@ class Engine:
             raise ValueError(f"request {request_id!r} is served already; give each its own id")
         prompt_ids = [int(token) for token in prompt_token_ids]
         limit = self._limit(prompt_ids, params)
+        parent = root(self.namespace, cache_salt, self._secret) if self._caches else None
         ends = end_tokens(self.model)
         request = _Request(request_id, prompt_ids, params)
         for index in range(params.n):
             completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
-            request.answers[f"{request_id}/{index}"] = _Answer(request, completion, index)
+            name = f"{request_id}/{index}"
+            request.answers[name] = _Answer(request, name, completion, index)
         asked = params.prompt_logprobs is not None
         added: list[str] = []
         try:
             for name, answer in request.answers.items():
-                with_logits = asked and answer.index == 0
-                self._scheduler.add(name, prompt_ids, limit, deadline=deadline, prompt_logits=with_logits)
+                self._scheduler.add(
+                    name,
+                    prompt_ids,
+                    limit,
+                    deadline=deadline,
+                    prompt_logits=asked and answer.index == 0,
+                    root=parent,
+                )
                 added.append(name)
         except (QueueFullError, ValueError):
             for name in added:
@@ -192,10 +219,14 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             steps=self._steps,
+            prefix_cache_queries=self._scheduler.prefix_cache_queries,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
         )
 
     def _run(self, step: Step, deltas: list[Delta]) -> None:
         """Run a step and add to `deltas`. Whatever happens, the scheduler learns that the step is over."""
+        for start in step.started:
+            self._answers[start.request_id].num_cached_tokens = start.num_cached_tokens
         sampled: dict[str, int] = {}
         try:
             self._compute(step, sampled, deltas)
@@ -214,27 +245,28 @@ class Engine:
 
     def _compute(self, step: Step, sampled: dict[str, int], deltas: list[Delta]) -> None:
         logits, places = self._runner.run(step)
-        chosen: list[tuple[_Answer, str]] = []
+        chosen: list[_Answer] = []
         rows: list[int] = []
         for i, chunk in enumerate(step.chunks):
             answer = self._answers[chunk.request_id]
             if answer.request.params.prompt_logprobs is not None:
                 answer.note_prompt(chunk, logits[places[i] : places[i + 1]])
             if chunk.samples:
-                chosen.append((answer, chunk.request_id))
+                chosen.append(answer)
                 rows.append(places[i + 1] - 1)
         if not chosen:
             return
         wanted = logits if rows == list(range(len(logits))) else logits[rows]
-        tokens = _sample(wanted, [answer.completion.state for answer, _ in chosen])
-        for (answer, name), token in zip(chosen, tokens, strict=True):
+        tokens = _sample(wanted, [answer.completion.state for answer in chosen])
+        for answer, token in zip(chosen, tokens, strict=True):
+            name = answer.name
             if token is None:
                 deltas.append(self._end(name, "error"))
             else:
                 sampled[name] = token.token_id
-                deltas.append(self._take(answer, name, token))
+                deltas.append(self._take(answer, token))
 
-    def _take(self, answer: _Answer, name: str, token: Sampled) -> Delta:
+    def _take(self, answer: _Answer, token: Sampled) -> Delta:
         """Add a token to an answer, and return what it becomes."""
         request, completion = answer.request, answer.completion
         text = completion.add(token)
@@ -246,13 +278,16 @@ class Engine:
             if request.params.prompt_logprobs is not None and answer.index == 0:
                 of_prompt = [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
         if completion.finish_reason is not None:
-            self._scheduler.finish(name)
-            self._forget(name)
+            self._scheduler.finish(answer.name)
+            self._forget(answer.name)
         return answer.delta(text, (token.token_id,), completion.last_logprobs, of_prompt)
 
     def _end(self, name: str, reason: FinishReason) -> Delta:
         """End an answer that the scheduler still has."""
-        self._scheduler.finish(name)
+        if reason == "error":
+            self._scheduler.discard(name)
+        else:
+            self._scheduler.finish(name)
         return self._close(name, reason)
 
     def _close(self, name: str, reason: FinishReason) -> Delta:
@@ -293,12 +328,15 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """One answer. of_prompt: what was asked for of the prompt's tokens behind the first, as far as it is known."""
+    """One answer. name: as the scheduler knows it. of_prompt: what was asked for of the prompt's tokens behind the
+    first, as far as it is known."""
 
     request: _Request
+    name: str
     completion: Completion
     index: int
     began: bool = False
+    num_cached_tokens: int = 0
     of_prompt: list[Logprobs] = field(default_factory=list)
 
     def note_prompt(self, chunk: Chunk, logits: Tensor) -> None:
@@ -326,6 +364,7 @@ class _Answer:
             self.completion.stop_reason,
             len(self.request.prompt_ids),
             of_prompt,
+            self.num_cached_tokens,
         )
 
 

@@ -39,7 +39,7 @@ class StepInputs:
         self._table_BW = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self._lengths = np.zeros(max_num_seqs, dtype=np.int64)
         self._starts = np.zeros(max_num_seqs + 1, dtype=np.int64)
-        self._written: list[tuple[int, ...]] = [()] * max_num_seqs
+        self._written: list[tuple[int, ...]] = [()] * max_num_seqs  # tables of a request are one until it grows
         self.block_table = torch.from_numpy(self._table_BW)
         self.lengths = torch.from_numpy(self._lengths)
         self.query_starts = torch.from_numpy(self._starts)
@@ -55,21 +55,23 @@ class StepInputs:
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []
-        places = [0]
-        starts, lengths = self._starts, self._lengths
+        places, starts, ends = [0], [0], []
         for i, chunk in enumerate(step.chunks):
-            before, table = len(ids), chunk.block_table
-            rows += range(before + chunk.logits_from - chunk.begin, before + len(chunk.token_ids))
-            places.append(len(rows))
+            before, begin, table = len(ids), chunk.begin, chunk.block_table
+            end = begin + len(chunk.token_ids)
             ids += chunk.token_ids
-            positions += range(chunk.begin, chunk.end)
-            slots += [table[p // size] * size + p % size for p in range(chunk.begin, chunk.end)]
-            starts[i + 1], lengths[i] = len(ids), chunk.end
-            if self._written[i] != table:
+            rows += range(before + chunk.logits_from - begin, len(ids))
+            positions += range(begin, end)
+            slots += [table[p // size] * size + p % size for p in range(begin, end)]
+            places.append(len(rows))
+            starts.append(len(ids))
+            ends.append(end)
+            if self._written[i] is not table:
                 self._table_BW[i, : len(table)] = table
                 self._written[i] = table
-        starts[len(step.chunks) + 1 :] = len(ids)
-        lengths[len(step.chunks) :] = 0
+        count = len(ends)
+        self._starts[: count + 1], self._starts[count + 1 :] = starts, len(ids)
+        self._lengths[:count], self._lengths[count:] = ends, 0
         least = min(2, len(ids))
         rows += rows[-1:] * (least - len(rows)) if rows else [len(ids) - 1] * least
         of_tokens = torch.from_numpy(np.array((ids, positions, slots), dtype=np.int64))

@@ -19,6 +19,7 @@ class EngineOptions(DeviceOptions):
     max_model_len: positions of a sequence; None: as many as the model has, and fit into the memory for keys and values.
     kv_cache_memory: that memory in bytes; None: a third of what is free, at most what max_num_seqs sequences of
     max_model_len need. kv_format: a name of `ktcompile.ops.KV_FORMATS`, as "int8"; "auto": the model's dtype.
+    enable_prefix_caching: what was computed of the beginning of a request is taken from blocks of others.
     weight_format, dense_format: as of `ktcompile.config.CompileOptions`. eager: the model is not compiled; answers may
     then depend on what else is computed.
     """
@@ -33,6 +34,7 @@ class EngineOptions(DeviceOptions):
     max_queue_seconds: float = 60.0
     kv_cache_memory: int | None = None
     kv_format: str = _AUTO
+    enable_prefix_caching: bool = True
     weight_format: str = _AUTO
     dense_format: str = _AUTO
     eager: bool = False

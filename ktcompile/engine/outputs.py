@@ -46,6 +46,7 @@ class RequestOutput:
     """A request with its answers. prompt: its text; None: it was given as tokens.
 
     prompt_logprobs: one for each token of the prompt, None for the first; None: they were not asked for.
+    num_cached_tokens: of the prompt, those that were not computed since another request had; of the first answer.
     """
 
     request_id: str
@@ -54,3 +55,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int = 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ktcompile.engine.inputs import StepInputs
 from ktcompile.engine.options import EngineOptions
-from ktcompile.engine.probe import UnsupportedModelError, attention_calls
+from ktcompile.engine.probe import UnsupportedModelError, attention_calls, paged_implementation
 from ktcompile.kv.layout import block_bytes, blocks_for, num_blocks
 from ktcompile.kv.storage import allocate, default_budget, layer_kv
 from ktcompile.log import warn_once
@@ -27,9 +27,10 @@ from ktcompile.scheduler.batch import Chunk, Step
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_GIVEN = frozenset({"input_ids", "position_ids", "slot_mapping", "rows"})
 # Where neither the model nor an option says.
 _LONGEST = 32768
+# Relative errors of logits that arithmetic makes are below this.
+_ROUNDING = 0.2
 
 
 class StepLogits(NamedTuple):
@@ -42,29 +43,37 @@ class StepLogits(NamedTuple):
 class ModelRunner:
     """A model with memory for keys and values of many sequences.
 
-    num_blocks, max_model_len: what that memory holds, and how long a sequence may be. UnsupportedModelError: the model
-    cannot run over blocks. ValueError: there is no memory for one block.
+    num_blocks, max_model_len: what that memory holds, and how long a sequence may be. kv_format, layers: what it keeps
+    of each position. UnsupportedModelError: the model cannot run over blocks, and is as it was. ValueError: there is no
+    memory for one block.
     """
 
     def __init__(self, model: PreTrainedModel, options: EngineOptions) -> None:
         self.model = model
         calls = attention_calls(model)
         longest = _longest(model, options)
-        kv_format = _format(options, calls[0].dtype)
-        layers = [layer_kv(kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
-        sequences = max(2, options.max_num_seqs)  # two are run to check the model
+        self.kv_format = _format(options, calls[0].dtype)
+        layers = [layer_kv(self.kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
+        sequences = max(3, options.max_num_seqs)  # three are run to check the model
         needed = sequences * blocks_for(longest, options.block_size)
         budget = default_budget() if options.kv_cache_memory is None else options.kv_cache_memory
         self.num_blocks = min(needed, num_blocks(budget, layers, options.block_size))
         self.max_model_len = min(longest, self.num_blocks * options.block_size)
         self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
-        storage = allocate(kv_format, layers, self.num_blocks, options.block_size)
+        self.layers = tuple(layers)
+        storage = allocate(self.kv_format, layers, self.num_blocks, options.block_size)
         self._layers = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
         self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
-        self._forward = self._of(options)
+        with paged_implementation(model):
+            self._forward = forward = self._uncompiled()
+            self._refuse_mixing(options.block_size)
+        model.set_attn_implementation(hf_paged.NAME)
+        if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
+            return
+        self._forward = self._compiled(forward, options)
         # What modules have as numbers is constant; else each call would be given it anew.
         with torch._dynamo.config.patch(specialize_float=True):
-            self._check(options)
+            self._check_compiled(options.block_size)
 
     @torch.no_grad()
     def run(self, step: Step) -> StepLogits:
@@ -72,10 +81,9 @@ class ModelRunner:
         tensors = self._inputs.make(step)
         return StepLogits(self._forward(*tensors[:-1]), tensors.places)
 
-    def _of(self, options: EngineOptions) -> Callable[..., Tensor]:
+    def _uncompiled(self) -> Callable[..., Tensor]:
         """Return what runs the model on the tensors of a step."""
         model, inputs, layers = self.model, self._inputs, self._layers
-        model.set_attn_implementation(hf_paged.NAME)
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
         def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, rows: Tensor) -> Tensor:
@@ -85,10 +93,13 @@ class ModelRunner:
             logits: Tensor = result.logits[0]
             return logits if keeps else logits[rows]
 
-        if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
-            return forward
+        return forward
+
+    def _compiled(self, forward: Callable[..., Tensor], options: EngineOptions) -> Callable[..., Tensor]:
+        """Return what `forward` does, compiled when it is first called; the model's weights are taken then."""
+        inputs = self._inputs
         for tensor in (
-            *(t for layer in layers for t in layer),
+            *(t for layer in self._layers for t in layer),
             inputs.block_table,
             inputs.lengths,
             inputs.query_starts,
@@ -99,45 +110,55 @@ class ModelRunner:
             "weights": "take",
             "weight_format": options.weight_format,
             "dense_format": options.dense_format,
-            "guard_filter_fn": _guards_of_steps,
+            "guard_filter_fn": _no_guards,
         }
         compiled: Callable[..., Tensor] = torch.compile(
             _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
         )
         return compiled
 
-    def _check(self, options: EngineOptions) -> None:
-        """Run the two shapes of steps once, and see that a token's logits are its own in any company.
+    def _refuse_mixing(self, block_size: int) -> None:
+        """UnsupportedModelError: a token has other logits in other company, so layers keep something that is not in the
+        blocks, or mix tokens."""
+        error = self._error_of_company(block_size)
+        if not error < _ROUNDING:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives a token other logits in other company (relative error {error:.2g}):"
+                " layers keep something of a sequence that is not keys and values, or mix tokens"
+            )
 
-        UnsupportedModelError: they are others, so layers keep something that is not in the blocks, or mix tokens.
-        """
-        size = options.block_size
+    def _check_compiled(self, block_size: int) -> None:
+        """Trace the model, and warn if a token's bits depend on its company. RuntimeError: more than rounding does."""
+        size, name = block_size, type(self.model).__name__
+        # The first call is traced and checks the kernels, and runs operation by operation.
+        self.run(_step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), blocks_for(3, size), size)))
+        error = self._error_of_company(size)
+        if not error < _ROUNDING:
+            raise RuntimeError(f"{name}, compiled, gives a token other logits in other company ({error:.2g})")
+        if error > 0:
+            warn_once(f"{name} rounds a token's logits otherwise in other company (relative error {error:.2g})")
+
+    def _error_of_company(self, size: int) -> float:
+        """Return how far logits of tokens are from those in the company of others; NaN where one of them is."""
         behind = blocks_for(3, size)  # those of the first sequence
-        if behind + blocks_for(2, size) > self.num_blocks or self.max_model_len < 3:
+        last = behind + blocks_for(2, size)
+        if last + behind > self.num_blocks or self.max_model_len < 3:
             raise ValueError(f"{self.num_blocks} blocks of {size} positions are too few; raise kv_cache_memory")
-        both = _step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size))
-        self.run(both)  # the first call checks the kernels, and runs operation by operation
-        together = self.run(both).values
+        both = _chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size)
+        together = self.run(_step(*both, _chunk("c", (6, 7, 8), last, size))).values
         alone = self.run(_step(_chunk("a", (3,), 0, size, begin=2))).values
         apart = self.run(_step(_chunk("b", (4, 5), behind, size))).values
         pairs = ((alone[0], together[0]), (apart[0], together[1]))
         if all(torch.equal(x, y) for x, y in pairs):
-            return
-        error = max(float((x - y).float().norm() / y.float().norm()) for x, y in pairs)
-        name = type(self.model).__name__
-        if not error < 0.2:
-            raise UnsupportedModelError(
-                f"{name} gives a token other logits in other company (relative error {error:.2g}): layers keep "
-                "something of a sequence that is not keys and values, or mix tokens"
-            )
-        if not options.eager:
-            warn_once(f"{name} rounds a token's logits otherwise in other company (relative error {error:.2g})")
+            return 0.0
+        errors = [(x - y).float().norm() / y.float().norm() for x, y in pairs]
+        return float(torch.stack(errors).max())
 
 
-def _guards_of_steps(guards: Sequence[Any]) -> list[bool]:
-    """Return which of Dynamo's guards are looked at in each step: those of what a step is given. The model is the
-    engine's own, and looking at all of its modules takes 0.2 ms a layer."""
-    return [g.guard_type == "SHAPE_ENV" or g.name in _GIVEN for g in guards]
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    """Return that none of Dynamo's guards is looked at. The model is the engine's own, each step has the same kinds of
+    tensors, and `_check_compiled` sees that what was traced for one number of tokens is right for any."""
+    return [False] * len(guards)
 
 
 def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -71,12 +71,15 @@ class SamplingState:
         self.stream = stream
         self.num_tokens = 0
         self.grammar = grammar
+        self._min_tokens = params.min_tokens
         self._ends = np.array(sorted({*params.stop_token_ids, *end_tokens}), dtype=np.int64)
         biases = params.logit_bias or {}
         self._biased = np.array(list(biases), dtype=np.int64)
         self._biases = np.array(list(biases.values()), dtype=np.float64)
         self._repeats = params.repetition_penalty != 1
         self._counted = bool(params.frequency_penalty or params.presence_penalty)
+        changes = self._repeats or self._counted or biases or grammar is not None
+        self._greedy = params.temperature == 0 and not changes
         # Tokens of prompt and answer, and how often the answer has each of its own.
         self._seen = dict.fromkeys(prompt_ids if self._repeats else ())
         self._counts: Counter[int] = Counter()
@@ -94,9 +97,7 @@ class SamplingState:
     @property
     def takes_largest(self) -> bool:
         """Whether the next token is the one with the largest logit, as logits come from the model."""
-        changes = self._repeats or self._counted or self.num_tokens < self.params.min_tokens or len(self._biased)
-        changes = changes or self.grammar is not None
-        return self.params.temperature == 0 and not changes
+        return self._greedy and self.num_tokens >= self._min_tokens
 
     def adjust(self, logits: Row) -> None:
         """Change a row by what does not depend on the other tokens' logits: steps 2 and 3."""
@@ -129,25 +130,21 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     rows = logits.detach().float().cpu()
     values = rows.numpy()
     likeliest = values.argmax(-1)  # NaN where there is one
-    tokens: list[int] = []
-    wrong: list[int] = []
-    scratch = np.empty(values.shape[1])  # for all rows: memory that is new costs as much as what is done in it
+    finite = np.isfinite(values[np.arange(len(values)), likeliest])
+    tokens: list[int | None] = likeliest.tolist() if finite.all() else np.where(finite, likeliest, None).tolist()
+    scratch: Row | None = None  # for all rows: memory that is new costs as much as what is done in it
     for i, state in enumerate(states):
-        token: int | None = int(likeliest[i])
-        if not math.isfinite(values[i, token]):
-            token = None
-        elif not state.takes_largest:
+        if tokens[i] is not None and not state.takes_largest:
+            scratch = np.empty(values.shape[1]) if scratch is None else scratch
             scratch[:] = values[i]
-            token = _choose(scratch, state)
-        if token is None:
-            wrong.append(i)
-        else:
-            tokens.append(token)
+            tokens[i] = _choose(scratch, state)
+    wrong = [i for i, token in enumerate(tokens) if token is None]
     if wrong:
         raise NotFiniteError(wrong)
     return [
-        Sampled(token, None if state.params.logprobs is None else token_logprobs(row, token, state.params.logprobs))
-        for row, token, state in zip(rows, tokens, states, strict=True)
+        Sampled(token, None if (count := state.params.logprobs) is None else token_logprobs(rows[i], token, count))
+        for i, (token, state) in enumerate(zip(tokens, states, strict=True))
+        if token is not None
     ]
 
 

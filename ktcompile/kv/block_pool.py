@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class BlockName(NamedTuple):
+    """What a full block contains.
+
+    key: by which it is found. parent: the key of the block before it. token_ids: of its positions. The key is made of
+    the other two, which are compared all the same when a block is found: so it is the right one, and those before it
+    were too.
+    """
+
+    key: bytes
+    parent: bytes
+    token_ids: tuple[int, ...]
 
 
 class BlockPool:
     """Hands out the blocks [0, num_blocks) and counts who holds each.
 
     A block is free or held, by one or several. A free block keeps its content until it is handed out again, so one
-    that has a key can be found by it and held once more. Blocks without a key are handed out first, then those with
+    that has a name can be found by it and held once more. Blocks without a name are handed out first, then those with
     one, the longest free first; of the blocks that are released together the last go first, since a block of a
-    sequence is of no use without those before it.
+    sequence is of no use without those before it. Nobody writes to a block that has a name.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -22,7 +36,7 @@ class BlockPool:
         # The next to be handed out is the first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._holders = [0] * num_blocks
-        self._key_of: dict[int, bytes] = {}
+        self._name_of: dict[int, BlockName] = {}
         self._with_key: dict[bytes, int] = {}
 
     @property
@@ -39,14 +53,19 @@ class BlockPool:
         """Return how many hold a block."""
         return self._holders[block]
 
+    def name_of(self, block: int) -> BlockName | None:
+        """Return the name by which a block is found; None: it is found by none."""
+        return self._name_of.get(block)
+
     def take(self, count: int) -> list[int] | None:
-        """Return `count` blocks that were free, each held once, its content and key given up; None: so many are not."""
+        """Return `count` blocks that were free, each held once, its content and name given up; None: so many are
+        not."""
         if count > self.num_free:
             return None
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in taken:
             self._holders[block] = 1
-            self._forget(block)
+            self._drop_name(block)
         return taken
 
     def hold(self, block: int) -> None:
@@ -62,34 +81,40 @@ class BlockPool:
             self._holders[block] -= 1
             if self._holders[block] == 0:
                 self._free[block] = None
-                if block not in self._key_of:
+                if block not in self._name_of:
                     self._free.move_to_end(block, last=False)
 
-    def name(self, block: int, key: bytes) -> int:
-        """Say what a held block contains, and return the block that is found by `key` from now on.
+    def name(self, block: int, name: BlockName) -> int:
+        """Say what a held block contains, and return the block that has its key from now on.
 
         That is another one where its content was there already: the first that was named.
         """
         assert self._holders[block] > 0, f"block {block} is named and nobody holds it"
-        assert self._key_of.get(block, key) == key, f"block {block} has another key"
-        first = self._with_key.setdefault(key, block)
+        assert self._name_of.get(block, name) == name, f"block {block} has another name"
+        first = self._with_key.setdefault(name.key, block)
         if first == block:
-            self._key_of[block] = key
+            self._name_of[block] = name
         return first
 
-    def find(self, key: bytes) -> int | None:
+    def find(self, name: BlockName) -> int | None:
         """Return the block with this content, held or free; `hold` it before the next `take`."""
-        return self._with_key.get(key)
+        block = self._with_key.get(name.key)
+        return block if block is not None and self._name_of[block] == name else None
+
+    def forget(self, block: int) -> None:
+        """Have a held block found by no name any more: what it contains may be wrong."""
+        assert self._holders[block] > 0, f"block {block} is forgotten and nobody holds it"
+        self._drop_name(block)
 
     def check(self) -> None:
-        """Assert that each block is free or held, and that keys and blocks belong together."""
+        """Assert that each block is free or held, and that names and blocks belong together."""
         assert min(self._holders) >= 0
         assert set(self._free) == {block for block, count in enumerate(self._holders) if count == 0}
-        assert self._with_key == {key: block for block, key in self._key_of.items()}
-        named = [block in self._key_of for block in self._free]
-        assert named == sorted(named), "a free block with a key is handed out before one without"
+        assert self._with_key == {name.key: block for block, name in self._name_of.items()}
+        named = [block in self._name_of for block in self._free]
+        assert named == sorted(named), "a free block with a name is handed out before one without"
 
-    def _forget(self, block: int) -> None:
-        key = self._key_of.pop(block, None)
-        if key is not None:
-            del self._with_key[key]
+    def _drop_name(self, block: int) -> None:
+        name = self._name_of.pop(block, None)
+        if name is not None:
+            del self._with_key[name.key]

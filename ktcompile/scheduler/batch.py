@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Positions [begin, end) of one request.
 
     token_ids: of these positions. block_table: the blocks of positions [0, end) and perhaps of some behind.
@@ -26,12 +26,23 @@ class Chunk:
         return self.begin + len(self.token_ids)
 
 
+class Start(NamedTuple):
+    """A request that begins. num_cached_tokens: of its prompt, which others had computed before."""
+
+    request_id: str
+    num_cached_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is computed together, the oldest request first. preempted: requests that gave up their blocks for it."""
+    """What is computed together, the oldest request first.
+
+    preempted: requests that gave up their blocks for it. started: those that never ran before.
+    """
 
     chunks: tuple[Chunk, ...]
-    preempted: tuple[str, ...]
+    preempted: tuple[str, ...] = ()
+    started: tuple[Start, ...] = ()
 
     @property
     def num_tokens(self) -> int:

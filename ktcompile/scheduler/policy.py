@@ -53,11 +53,11 @@ def prefill_end(computed: int, total: int, budget: int, chunk_size: int) -> int:
 
 
 def may_start(num_tokens: int, num_free: int, num_running: int, block_size: int) -> bool:
-    """Return whether a request of `num_tokens` may have blocks now.
+    """Return whether a request of `num_tokens` may have blocks now. num_free: blocks that are free, and those of its
+    own that others hold.
 
     It gets the blocks of all its tokens. One block for each request that runs is left over, since it would otherwise
-    be preempted as soon as one of these comes to the end of its last block. So nobody begins in a step that preempts:
-    who was preempted last waits first, and fewer blocks are free than it gave up.
+    be preempted as soon as one of these comes to the end of its last block.
     """
     return blocks_for(num_tokens, block_size) + num_running <= num_free
 

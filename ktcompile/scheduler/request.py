@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ktcompile.kv.block_pool import BlockName
+
 
 class RequestTooLongError(ValueError):
     """A request that could never be served here: the model or the pool of blocks is too small for it."""
@@ -24,7 +26,9 @@ class Request:
     token_ids: the prompt, and behind it what was sampled. max_tokens: of the latter, at most. deadline: when it ends
     at the latest, by the scheduler's clock. num_computed_tokens: positions [0, num_computed_tokens) have their keys
     and values. block_table: the blocks of its positions, in order. logits_from: the logits of positions before this
-    one are of no use, or were had already.
+    one are of no use, or were had already. root: the parent of its first block's key; None: it shares no blocks.
+    block_names: of its first full blocks, those of which were asked for. num_named: so many of its blocks are found by
+    their names, or others with the same content are.
     """
 
     request_id: str
@@ -32,10 +36,13 @@ class Request:
     max_tokens: int
     logits_from: int
     deadline: float | None = None
+    root: bytes | None = None
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
+    block_table: tuple[int, ...] = ()
     num_preemptions: int = 0
+    block_names: list[BlockName] = field(default_factory=list)
+    num_named: int = 0
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
@@ -52,4 +59,5 @@ class Request:
     @property
     def decodes(self) -> bool:
         """Whether all is computed but the token that was sampled last."""
-        return self.num_uncomputed_tokens == 1 and self.num_output_tokens > 0
+        known = len(self.token_ids)
+        return known - self.num_computed_tokens == 1 and known > self.num_prompt_tokens

@@ -6,7 +6,8 @@ time. What the rules give (tests/test_scheduler_worlds.py):
 - Each request that decodes has its token in each step, and the oldest prompt has a chunk beside them.
 - First tokens come in the order of arrival: a prompt has tokens of a step only where all older ones end in it.
 - A request that needs a block where none is free gets one of the youngest that runs, which waits again, ahead of all
-  that never ran, and computes its tokens anew. So the oldest always goes on, and each request ends.
+  that never ran, and computes anew what it finds in no block. So the oldest always goes on, and each request ends.
+- Blocks that hold the beginning of a request are shared and not computed again (`prefixes.py`, decision 22).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.kv.layout import blocks_for
-from ktcompile.scheduler.batch import Chunk, Step
+from ktcompile.scheduler.batch import Chunk, Start, Step
 from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until, smoothed, until
+from ktcompile.scheduler.prefixes import Prefixes
 from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
 
 
@@ -31,6 +33,7 @@ class Scheduler:
     def __init__(self, options: SchedulerOptions, pool: BlockPool, clock: Callable[[], float]) -> None:
         self._options = options
         self._pool = pool
+        self._prefixes = Prefixes(pool, options.block_size)
         self._clock = clock
         # Both in order of arrival; all that run arrived before all that wait.
         self._running: list[Request] = []
@@ -45,6 +48,8 @@ class Scheduler:
         self._start_gap: float | None = None
         self._started_full: float | None = None
         self.num_preemptions = 0
+        # Tokens of prompts that were looked up when they first ran, and of these those that were found.
+        self.prefix_cache_queries = self.prefix_cache_hits = 0
 
     @property
     def num_running(self) -> int:
@@ -67,12 +72,14 @@ class Scheduler:
         *,
         deadline: float | None = None,
         prompt_logits: bool = False,
+        root: bytes | None = None,
     ) -> None:
         """Let a request wait for its turn.
 
         max_tokens: it is finished when it has so many, at the latest. deadline: by the clock. prompt_logits: those of
-        all positions of the prompt are wanted. RequestTooLongError: it would fit at no time. QueueFullError: not now.
-        ValueError: no prompt, max_tokens below 1, or an id that another request has.
+        all positions of the prompt are wanted, so all are computed. root: requests of one root share blocks, as of
+        `ktcompile.cache.key`; None: it shares none. RequestTooLongError: it would fit at no time. QueueFullError: not
+        now. ValueError: no prompt, max_tokens below 1, or an id that another request has.
         """
         if request_id in self._requests or any(request_id == leaving.request_id for leaving in self._leaving):
             raise ValueError(f"request {request_id!r} is served already; give each its own id")
@@ -83,7 +90,7 @@ class Scheduler:
         self._check_length(len(prompt_token_ids), max_tokens)
         self._check_queue(len(prompt_token_ids))
         first = 0 if prompt_logits else len(prompt_token_ids) - 1
-        request = Request(request_id, list(prompt_token_ids), max_tokens, first, deadline)
+        request = Request(request_id, list(prompt_token_ids), max_tokens, first, deadline, root)
         self._requests[request_id] = request
         self._waiting.append(request)
 
@@ -95,9 +102,15 @@ class Scheduler:
             return
         self._running.remove(request)
         if self._step is None:
-            self._pool.release(request.block_table)
+            self._release(request)
         else:
             self._leaving.append(request)
+
+    def discard(self, request_id: str) -> None:
+        """End a request whose keys and values may be wrong: nobody finds its blocks any more. KeyError: as `finish`."""
+        for block in self._requests[request_id].block_table:
+            self._pool.forget(block)
+        self.finish(request_id)
 
     def cancel(self, request_id: str) -> bool:
         """End a request that may have ended already, and return whether it had not."""
@@ -122,9 +135,10 @@ class Scheduler:
         self._step_begin = self._clock()
         preempted: list[str] = []
         chunks, budget = self._continue_running(preempted)
-        chunks += self._start_waiting(budget)
+        # Who has just given up its blocks could begin at once where others hold copies of them; it waits for its turn.
+        started = [] if preempted else self._start_waiting(budget, chunks)
         assert chunks, "requests are left and none goes on"
-        self._step = Step(tuple(chunks), tuple(preempted))
+        self._step = Step(tuple(chunks), tuple(preempted), tuple(started))
         return self._step
 
     def update(self, sampled: Mapping[str, int]) -> None:
@@ -135,56 +149,82 @@ class Scheduler:
         """
         assert self._step is not None, "there is no step to update"
         step, self._step = self._step, None
-        for left in self._leaving:
-            self._pool.release(left.block_table)
-        self._leaving.clear()
         self._measure(step)
+        left = {request.request_id: request for request in self._leaving}
         for chunk in step.chunks:
-            request = self._requests.get(chunk.request_id)
-            if request is None:
-                continue
-            request.num_computed_tokens = chunk.end
-            request.logits_from = max(request.logits_from, chunk.end)
-            if chunk.samples:
-                assert request.num_output_tokens < request.max_tokens, f"{request.request_id!r} was to be finished"
-                request.token_ids.append(sampled[chunk.request_id])
+            name = chunk.request_id
+            request = self._requests.get(name)
+            if request is not None:
+                request.num_computed_tokens = end = chunk.end
+                request.logits_from = max(request.logits_from, end)
+                self._prefixes.note_computed(request)
+                if chunk.samples:
+                    assert request.num_output_tokens < request.max_tokens, f"{name!r} was to be finished"
+                    request.token_ids.append(sampled[name])
+            elif name in sampled:  # it ended well
+                left[name].num_computed_tokens = chunk.end
+                self._prefixes.note_computed(left[name])
+        for request in self._leaving:
+            self._release(request)
+        self._leaving.clear()
+
+    def check(self) -> None:
+        """Assert that what requests wait for comes."""
+        self._prefixes.check()
+        assert all(request not in self._waiting for request in self._prefixes.leaders)
 
     def _continue_running(self, preempted: list[str]) -> tuple[list[Chunk], int]:
         """Return chunks of requests that run, and how many tokens prompts behind them may have; add to `preempted`."""
         chunks: list[Chunk] = []
         # The tokens of those that decode are set aside.
-        budget = self._options.max_num_batched_tokens - sum(request.decodes for request in self._running)
+        decoding = [request.decodes for request in self._running]
+        budget = self._options.max_num_batched_tokens - sum(decoding)
         position = 0
         # The list becomes shorter at its end: blocks go to the oldest first, so what is preempted has no chunk yet.
         while position < len(self._running):
             request = self._running[position]
             position += 1
-            chunk: Chunk | None = None
-            if not request.decodes:
+            if not decoding[position - 1]:
                 chunk, budget = self._prefill(request, budget)
+                chunks += [chunk] if chunk else []
             elif self._grow(request, preempted):
-                chunk = _chunk(request, len(request.token_ids))
-            chunks += [chunk] if chunk else []
+                chunks.append(_chunk(request, len(request.token_ids)))
         return chunks, budget
 
-    def _start_waiting(self, budget: int) -> list[Chunk]:
-        """Let waiting requests run while there is room, and return their first chunks."""
-        options, chunks = self._options, list[Chunk]()
+    def _start_waiting(self, budget: int, chunks: list[Chunk]) -> list[Start]:
+        """Let waiting requests run while there is room, and return which never ran before; add to `chunks`."""
+        options, before, started = self._options, len(chunks), list[Start]()
         while self._waiting and self.num_running < options.max_num_seqs:
             request, total = self._waiting[0], len(self._waiting[0].token_ids)
-            fits = may_start(total, self._pool.num_free, self.num_running, options.block_size)
-            if not fits or not prefill_end(0, total, budget, options.chunk_size):
+            found = self._prefixes.find(request)
+            if found is None:
                 break
-            blocks = self._pool.take(blocks_for(total, options.block_size))
+            computed = len(found) * options.block_size
+            free = self._pool.num_free + sum(self._pool.holders(block) > 0 for block in found)
+            fits = may_start(total, free, self.num_running, options.block_size)
+            if not fits or prefill_end(computed, total, budget, options.chunk_size) == computed:
+                break
+            for block in found:
+                self._pool.hold(block)
+            blocks = self._pool.take(blocks_for(total, options.block_size) - len(found))
             assert blocks is not None
-            request.block_table = blocks
+            request.block_table, request.num_computed_tokens = (*found, *blocks), computed
+            self._prefixes.start(request)
             self._running.append(self._waiting.popleft())
+            if not request.num_preemptions:
+                started.append(Start(request.request_id, computed))
+                self._count_found(request)
             chunk, budget = self._prefill(request, budget)
             assert chunk is not None
             chunks.append(chunk)
-        if chunks:
-            self._measure_starts(len(chunks))
-        return chunks
+        if len(chunks) > before:
+            self._measure_starts(len(chunks) - before)
+        return started
+
+    def _count_found(self, request: Request) -> None:
+        if request.root is not None:
+            self.prefix_cache_queries += request.num_prompt_tokens
+            self.prefix_cache_hits += request.num_computed_tokens
 
     def _prefill(self, request: Request, budget: int) -> tuple[Chunk | None, int]:
         """Return the next chunk of a prompt, and the tokens left for younger ones: none where it does not end."""
@@ -202,12 +242,16 @@ class Scheduler:
             preempted.append(youngest.request_id)
             if youngest is request:
                 return False
-        request.block_table += blocks
+        request.block_table += tuple(blocks)
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def _release(self, request: Request) -> None:
+        self._prefixes.leave(request)
         self._pool.release(request.block_table)
-        request.block_table, request.num_computed_tokens = [], 0
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        request.block_table, request.num_computed_tokens = (), 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(request)
@@ -259,9 +303,8 @@ class Scheduler:
     def _measure(self, step: Step) -> None:
         """Note how fast prompts are computed."""
         seconds = self._clock() - self._step_begin
-        if seconds <= 0 or all(len(chunk.token_ids) == 1 for chunk in step.chunks):
-            return
-        self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
+        if seconds > 0 and step.num_tokens > len(step.chunks):
+            self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
 
 
 def _chunk(request: Request, end: int) -> Chunk:
@@ -270,7 +313,7 @@ def _chunk(request: Request, end: int) -> Chunk:
         request.request_id,
         tuple(request.token_ids[begin:end]),
         begin,
-        tuple(request.block_table),
+        request.block_table,
         logits_from=min(end, max(begin, request.logits_from)),
         samples=end == len(request.token_ids),
     )

@@ -35,14 +35,20 @@ class Client:
     max_tokens: int
     deadline: float | None = None
     prompt_logits: bool = False
+    root: bytes | None = bytes(32)
     tokens: list[int] = field(default_factory=list)
     logits: list[int] = field(default_factory=list)  # positions that it had logits of
     computed: int = 0  # of the present residency
+    table: tuple[int, ...] = ()
     ended: str | None = None
 
 
 class World:
-    """A scheduler, its pool, the storage and the clients. Every step is checked before it is computed."""
+    """A scheduler, its pool, the storage and the clients. Every step is checked before it is computed.
+
+    content: which block holds what follows the other positions of some tokens, by root and all tokens up to its end:
+    all that may be found, and is.
+    """
 
     def __init__(self, options: SchedulerOptions, num_blocks: int) -> None:
         self.options = options
@@ -54,6 +60,8 @@ class World:
         self.first_tokens: list[int] = []
         self.step: Step | None = None
         self.preemptions = 0
+        self.content: dict[tuple[bytes, tuple[int, ...]], int] = {}
+        self.queries = self.hits = 0
 
     @property
     def left(self) -> dict[str, Client]:
@@ -62,7 +70,12 @@ class World:
     def add(self, client: Client) -> str:
         name = f"r{client.order}"
         self.scheduler.add(
-            name, client.prompt, client.max_tokens, deadline=client.deadline, prompt_logits=client.prompt_logits
+            name,
+            client.prompt,
+            client.max_tokens,
+            deadline=client.deadline,
+            prompt_logits=client.prompt_logits,
+            root=client.root,
         )
         self.clients[name] = client
         return name
@@ -97,6 +110,8 @@ class World:
         self.scheduler.update(sampled)
         for chunk in self.step.chunks:
             client = self.clients[chunk.request_id]
+            if client.ended is None or chunk.samples:
+                self._note_content(client, chunk)
             if client.ended is not None:
                 continue
             client.computed = chunk.end
@@ -124,6 +139,11 @@ class World:
 
     def check_pool(self) -> None:
         self.pool.check()
+        self.scheduler.check()
+        assert self.pool.num_free + self.pool.num_held == self.pool.num_blocks
+        named = {block for block in range(self.pool.num_blocks) if self.pool.name_of(block) is not None}
+        assert named == set(self.content.values())
+        assert self.scheduler.prefix_cache_queries == self.queries and self.scheduler.prefix_cache_hits == self.hits
         if not self.left and self.step is None:
             assert self.pool.num_held == 0
             assert self.scheduler.num_running == self.scheduler.num_waiting == 0
@@ -152,7 +172,7 @@ class World:
         # Preempted: the youngest of those that ran, none that is computed, and nobody begins then.
         self.preemptions += len(step.preempted)
         for name in step.preempted:
-            clients[name].computed = 0
+            clients[name].computed, clients[name].table = 0, ()
         if step.preempted:
             lowest = min(clients[name].order for name in step.preempted)
             assert lowest > max(orders)
@@ -163,18 +183,55 @@ class World:
         assert set(decoding) <= {*names, *step.preempted}, "a decode waits"
         unfinished = [c for c in step.chunks if not c.samples]
         assert len(unfinished) <= 1, "a younger prompt was begun before an older one could end"
-        held: dict[int, str] = {}
+        begun = {start.request_id: start.num_cached_tokens for start in step.started}
+        writers: dict[int, str] = {}
+        tables = [chunk.block_table for chunk in step.chunks]
         for chunk in step.chunks:
             client = clients[chunk.request_id]
             known = client.prompt + client.tokens
+            if not client.computed:
+                self._check_start(client, chunk, begun.pop(chunk.request_id, None))
             assert chunk.begin == client.computed, "a token is computed twice, or not at all"
+            self._hand_out(chunk.block_table[len(client.table) :])
+            client.table = chunk.block_table
             assert list(chunk.token_ids) == known[chunk.begin : chunk.end] and chunk.token_ids
             assert chunk.samples == (chunk.end == len(known))
             assert chunk.samples or chunk.end % options.chunk_size == 0
             assert len(chunk.block_table) >= blocks_for(chunk.end, options.block_size)
-            for block in chunk.block_table:
-                assert held.setdefault(block, chunk.request_id) == chunk.request_id, "two requests write to one block"
-                assert self.pool.holders(block) == 1
+            for block in chunk.block_table[chunk.begin // options.block_size :]:
+                assert writers.setdefault(block, chunk.request_id) == chunk.request_id, "two requests write to a block"
+                assert sum(block in table for table in tables) == 1, "a request writes to what another reads"
+                assert self.pool.holders(block) == 1 and self.pool.name_of(block) is None
+        assert not begun, "a request begins and computes nothing"
+
+    def _check_start(self, client: Client, chunk: Chunk, num_cached_tokens: int | None) -> None:
+        """Check that a request that begins has all blocks that there are for it, and no others."""
+        size, known = self.options.block_size, client.prompt + client.tokens
+        first = 0 if client.prompt_logits else len(client.prompt) - 1
+        limit = client.logits[-1] + 1 if client.logits else first  # of positions whose logits are not wanted
+        found = []
+        if client.root is not None:
+            for end in range(size, limit + 1, size):
+                block = self.content.get((client.root, tuple(known[:end])))
+                if block is None:
+                    break
+                found.append(block)
+        assert chunk.block_table[: len(found)] == tuple(found)
+        assert chunk.begin == len(found) * size, "a request computes what is there, or does not what is not"
+        client.computed, client.table = chunk.begin, tuple(found)
+        if num_cached_tokens is not None:
+            assert num_cached_tokens == chunk.begin
+            self.queries += len(client.prompt) * (client.root is not None)
+            self.hits += chunk.begin
+
+    def _hand_out(self, blocks: tuple[int, ...]) -> None:
+        self.content = {key: block for key, block in self.content.items() if block not in blocks}
+
+    def _note_content(self, client: Client, chunk: Chunk) -> None:
+        size, known = self.options.block_size, client.prompt + client.tokens
+        if client.root is not None:
+            for end in range(chunk.begin // size * size + size, chunk.end + 1, size):
+                self.content.setdefault((client.root, tuple(known[:end])), chunk.block_table[end // size - 1])
 
     def _compute(self, chunk: Chunk) -> int | None:
         """Write a chunk into its blocks; return the next token, of what is read from there."""

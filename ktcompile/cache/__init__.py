@@ -1,0 +1,1 @@
+"""Blocks of keys and values that outlive the request that computed them: their names."""
