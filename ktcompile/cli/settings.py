@@ -48,6 +48,7 @@ _HELP = {
     "max_queue_seconds": "that a request may be expected to wait; 0: any time",
     "kv_cache_memory": "for keys and values, as 4G (default: a third of what is free)",
     "kv_format": "of keys and values: auto, or int8",
+    "enable_prefix_caching": "take what was computed of the same beginning from blocks of other requests",
     "weight_format": "of experts: auto (as in the model), or a name of `ktc generate --help`",
     "dense_format": "likewise of large linear layers",
     "eager": "run the model without compiling it",

@@ -36,7 +36,7 @@ async def respond(body: ChatRequest, request: Request, service: Service) -> Resp
     prompt, ids = await service.prompts.of_chat(body)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     results = tuple(message.tool_call_id for message in body.messages if message.tool_call_id is not None)
-    ask = Ask(request, ids, params, text=prompt, timeout=body.timeout, tool_call_ids=results)
+    ask = Ask(request, ids, params, prompt, body.timeout, body.cache_salt, results)
     readers = [MessageReader(body, service.reasoning(prompt, params)) for _ in range(params.n)]
     usage = service.usage(len(ids))
     if body.stream:
@@ -46,6 +46,7 @@ async def respond(body: ChatRequest, request: Request, service: Service) -> Resp
     answers = await service.answer(ask)
     choices = [_choice(answer, reader, params) for answer, reader in zip(answers, readers, strict=True)]
     service.called(answers[0].request_id, [name for reader in readers for name in reader.call_ids])
+    usage.cached = answers[0].cached
     usage.completion = sum(len(answer.token_ids) for answer in answers)
     usage.reasoning = sum(reader.reasoning_tokens for reader in readers)
     return json_response({**head, "object": "chat.completion", "choices": choices, "usage": usage.for_chat()})
@@ -89,6 +90,7 @@ async def _events(
                     request_id, reader, ended = delta.request_id, readers[delta.index], delta.finish_reason is not None
                     parts = [*reader.add(delta.text, len(delta.token_ids)), *(reader.end() if ended else ())]
                     usage.completion += len(delta.token_ids)
+                    usage.cached = delta.num_cached_tokens if delta.index == 0 else usage.cached
                     usage.reasoning = sum(reader.reasoning_tokens for reader in readers)
                     logprobs = {}
                     if params.logprobs is not None and delta.token_ids:

@@ -40,7 +40,7 @@ async def respond(body: CompletionRequest, request: Request, service: Service) -
         "model": service.name,
     }
     usage = service.usage(sum(len(ids) for _, ids in prompts))
-    asks = [Ask(request, ids, params, text=text, timeout=body.timeout) for text, ids in prompts]
+    asks = [Ask(request, ids, params, text, body.timeout, body.cache_salt) for text, ids in prompts]
     echoed = [text if body.echo and text else "" for text, _ in prompts]
     if body.stream:
         opened: list[Deltas] = await gather_or_cancel([service.open(ask) for ask in asks])
@@ -62,6 +62,7 @@ async def respond(body: CompletionRequest, request: Request, service: Service) -
                     "stop_reason": answer.stop_reason,
                 }
             )
+    usage.cached = sum(of_prompt[0].cached for of_prompt in answers)
     usage.completion = sum(len(answer.token_ids) for of_prompt in answers for answer in of_prompt)
     return json_response({**head, "choices": choices, "usage": usage.for_chat()})
 
@@ -96,6 +97,8 @@ async def _events(
                     usage.completion += len(delta.token_ids)
                     index = number * body.n + delta.index
                     text = delta.text if index in places else echoed[number] + delta.text
+                    if index not in places and delta.index == 0:
+                        usage.cached += delta.num_cached_tokens
                     logprobs = None
                     before = places.setdefault(index, 0)
                     if body.logprobs is not None and delta.logprobs is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class PromptChunk:
 @dataclass(slots=True)
 class Timing:
     """A request on its way, with times of time.monotonic. started: when its prompt's first tokens were computed.
-    tokens: of all its answers. chunks: of its prompt, if anybody asks for them."""
+    tokens: of all its answers. cached_tokens: of its prompt. chunks: of its prompt, if anybody asks for them."""
 
     prompt_tokens: int
     unfinished: int
@@ -53,6 +53,7 @@ class Timing:
     started: float | None = None
     first: float | None = None
     tokens: int = 0
+    cached_tokens: int = 0
     last: dict[int, float] = field(default_factory=dict)  # by answer: when it had its last token
     chunks: list[PromptChunk] = field(default_factory=list)
 
@@ -86,6 +87,8 @@ class ServerMetrics:
         self._preemptions = make(Counter, "num_preemptions", "Times that a sequence gave up its blocks.")
         self._prompt_tokens = make(Counter, "prompt_tokens", "Tokens of prompts that were computed.")
         self._generated = make(Counter, "generation_tokens", "Tokens of answers.")
+        self._cache_queries = make(Counter, "prefix_cache_queries", "Tokens of prompts that began to run.")
+        self._cache_hits = make(Counter, "prefix_cache_hits", "Those of them that were cached.")
         self._rejections = make(Counter, "admission_rejections", "Requests that were refused.", ["reason"])
         self._success = make(Counter, "request_success", "Requests that ended.", ["finished_reason"])
         self._model = model
@@ -104,7 +107,7 @@ class ServerMetrics:
         self._of_answer = make(Histogram, "request_generation_tokens", "Tokens of its answers.", buckets=_TOKENS)
         self._iteration = make(Histogram, "iteration_tokens_total", "Tokens that a step gave.", buckets=_BATCH)
         self._n = make(Histogram, "request_params_n", "Answers that a request asks for.", buckets=(1, 2, 5, 10, 20))
-        self._seen_preemptions = 0
+        self._seen: defaultdict[Any, int] = defaultdict(int)  # totals that were counted
         self._latest_ttft: deque[float] = deque(maxlen=_LATEST)
         self._latest_itl: deque[float] = deque(maxlen=_LATEST)
         self.num_finished = self.num_rejected = 0
@@ -156,8 +159,13 @@ class ServerMetrics:
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
         with self._lock:
-            self._preemptions.inc(max(0, stats.num_preemptions - self._seen_preemptions))
-            self._seen_preemptions = max(stats.num_preemptions, self._seen_preemptions)
+            for counter, total in (
+                (self._preemptions, stats.num_preemptions),
+                (self._cache_queries, stats.prefix_cache_queries),
+                (self._cache_hits, stats.prefix_cache_hits),
+            ):
+                counter.inc(max(0, total - self._seen[counter]))
+                self._seen[counter] = max(total, self._seen[counter])
 
     def _note_prompts(self, step: Step, began: float, ended: float) -> None:
         """Note of requests that have no token yet what the step computed of their prompts."""
@@ -182,6 +190,8 @@ class ServerMetrics:
             self._queue.observe(request.started - request.arrival)
             self._prefill.observe(now - request.started)
             self._prompt_tokens.inc(request.prompt_tokens)
+        if delta.index == 0:
+            request.cached_tokens = delta.num_cached_tokens
         if delta.index in request.last:
             self._itl.observe(now - request.last[delta.index])
             self._latest_itl.append(now - request.last[delta.index])

@@ -39,11 +39,12 @@ async def respond(body: ResponsesRequest, request: Request, service: Service) ->
     prompt, ids = await service.prompts.of_messages(messages)
     sampling = {"temperature": params.temperature, "top_p": params.top_p}
     response = _Response(body, service.name, service.usage(len(ids)), service.reasoning(prompt, params), sampling)
-    ask = Ask(request, ids, params, text=prompt, timeout=body.timeout)
+    ask = Ask(request, ids, params, prompt, body.timeout, body.cache_salt)
     if body.stream:
         deltas = await service.open(ask)
         return EventStream(_events(response, deltas), service.options.write_timeout)
     (answer,) = await service.answer(ask)
+    response.usage.cached = answer.cached
     for text, tokens in answer.pieces:
         for _ in response.add(text, tokens):
             pass
@@ -91,7 +92,7 @@ class _Response:
     ) -> None:
         self._body = body
         self._model = model
-        self._usage = usage
+        self.usage = usage
         self._reasoning = reasoning
         self._sampling = sampling
         self._id = f"resp_{uuid.uuid4().hex}"
@@ -110,7 +111,7 @@ class _Response:
 
     def add(self, text: str, tokens: int) -> Iterator[_Event]:
         """Take some more text of so many tokens, and yield the events of that."""
-        self._usage.completion += tokens
+        self.usage.completion += tokens
         if self._reasoning is None:
             yield from self._piece("content", text)
             return
@@ -118,7 +119,7 @@ class _Response:
         for kind, piece in self._reasoning.add(text):
             yield from self._piece(kind, piece)
         if before or self._reasoning.inside:
-            self._usage.reasoning += tokens
+            self.usage.reasoning += tokens
 
     def end(self, reason: str | None) -> Iterator[_Event]:
         """Note why the answer ended, and yield the last events of its items. There is a message, if an empty one."""
@@ -154,7 +155,7 @@ class _Response:
             "tool_choice": "none",
             "tools": [],
             "truncation": "disabled",
-            "usage": self._usage.for_responses() if ended else None,
+            "usage": self.usage.for_responses() if ended else None,
             "metadata": self._body.metadata or {},
         }
 
@@ -203,6 +204,7 @@ async def _events(response: _Response, deltas: Deltas) -> AsyncGenerator[bytes, 
         async with aclosing(deltas):
             async for several in deltas:
                 for delta in several:
+                    response.usage.cached = delta.num_cached_tokens
                     for name, fields in response.add(delta.text, len(delta.token_ids)):
                         yield make(name, fields)
                     if delta.finish_reason is not None:

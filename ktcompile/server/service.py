@@ -54,10 +54,12 @@ _FAILED: dict[str, tuple[int, str, str]] = {
 
 @dataclass(slots=True)
 class Answer:
-    """One answer, whole. pieces: text and number of tokens of what came at a time."""
+    """One answer, whole. cached: tokens of the prompt that were not computed. pieces: text and number of tokens of what
+    came at a time."""
 
     index: int
     request_id: str = ""
+    cached: int = 0
     pieces: list[tuple[str, int]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -72,13 +74,15 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What an endpoint asks of the engine, for a client's request. text: the prompt's, where it has one. timeout:
-    seconds that the client gives. tool_call_ids: calls whose results the prompt has."""
+    seconds that the client gives. cache_salt: of those with whom keys and values are shared; None: with all who have
+    none. tool_call_ids: calls whose results the prompt has."""
 
     request: Request
     ids: Sequence[int]
     params: SamplingParams
     text: str | None = None
     timeout: float | None = None
+    cache_salt: str | None = None
     tool_call_ids: tuple[str, ...] = ()
 
 
@@ -213,7 +217,9 @@ class Service:
         name = uuid.uuid4().hex
         if self._tracing is not None:
             self._tracing.begin(name, ask)
-        return name, self.engine.generate(name, ids, params, prompt=ask.text, deadline=deadline)
+        return name, self.engine.generate(
+            name, ids, params, prompt=ask.text, deadline=deadline, cache_salt=ask.cache_salt or ""
+        )
 
     @contextlib.contextmanager
     def _traced(self, name: str) -> Iterator[None]:
@@ -262,7 +268,7 @@ async def _collect(stream: Deltas, n: int) -> list[Answer]:
         async for deltas in stream:
             for delta in deltas:
                 answer = answers[delta.index]
-                answer.request_id = delta.request_id
+                answer.request_id, answer.cached = delta.request_id, delta.num_cached_tokens
                 answer.pieces.append((delta.text, len(delta.token_ids)))
                 answer.token_ids += delta.token_ids
                 answer.logprobs += delta.logprobs or []

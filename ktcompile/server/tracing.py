@@ -101,8 +101,10 @@ class Tracing:
                 part.end(self._calendar(now if end is None else end))
         span.set_attribute("gen_ai.response.finish_reasons", [reason])
         span.set_attribute("gen_ai.usage.output_tokens", timing.tokens)
+        span.set_attribute("gen_ai.usage.cache_read.input_tokens", timing.cached_tokens)
         if self._prices is not None:
-            span.set_attribute("ktcompile.usage.cost", self._prices.cost(timing.prompt_tokens, 0, timing.tokens))
+            cost = self._prices.cost(timing.prompt_tokens, timing.cached_tokens, timing.tokens)
+            span.set_attribute("ktcompile.usage.cost", cost)
         if reason in _FAILED:
             span.set_attribute("error.type", reason)
             span.set_status(Status(StatusCode.ERROR))

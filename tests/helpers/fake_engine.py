@@ -53,6 +53,7 @@ class FakeEngine:
         *,
         prompt: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> None:
         if len(self.requests) >= self.width + self.queue:
             raise QueueFullError("too much waits", retry_after=3)
