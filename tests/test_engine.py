@@ -108,7 +108,7 @@ def test_log_probabilities_of_a_long_prompt_come_whole_through_chunks_and_preemp
 
 def test_stats_say_how_it_is(engine: Engine) -> None:
     for i in range(3):
-        engine.add(str(i), [1] * 9, GREEDY)
+        engine.add(str(i), [i] * 9, GREEDY)
     assert (engine.stats().num_running, engine.stats().num_waiting) == (0, 3)
     engine.step()
     stats = engine.stats()

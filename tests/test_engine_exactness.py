@@ -102,5 +102,5 @@ def test_tokens_are_the_same_after_a_restart() -> None:
         main()
     """
     narrow = "max_num_seqs=3, max_num_batched_tokens=34, chunk_size=32, block_size=16"
-    first, second = (run_python(program.format(threads=n, options=o)) for n, o in ((1, ""), (2, narrow)))
+    first, second = (run_python(program.format(threads=n, options=o), timeout=300) for n, o in ((1, ""), (2, narrow)))
     assert first == second and len(json.loads(first)[1]) == 2

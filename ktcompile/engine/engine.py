@@ -5,53 +5,35 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ktcompile.cache.key import root
+from ktcompile.engine.answers import Answer, Delta, ServedRequest
 from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
 from ktcompile.engine.namespace import namespace_of
 from ktcompile.engine.options import EngineOptions
-from ktcompile.engine.outputs import FinishReason, Logprobs
+from ktcompile.engine.outputs import FinishReason
 from ktcompile.engine.runner import ModelRunner
-from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample, token_logprobs
+from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.log import logger
 from ktcompile.models.load import load, locate
 from ktcompile.models.tokenizer import load_tokenizer
 from ktcompile.runtime.placing import without_new_profile
-from ktcompile.scheduler.batch import Chunk, Step
+from ktcompile.scheduler.batch import Step
 from ktcompile.scheduler.request import QueueFullError, RequestTooLongError
 from ktcompile.scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-class Delta(NamedTuple):
-    """What a step added to one answer of a request.
-
-    index: which answer. text: what became sure of it. token_ids: of all new tokens, that which ends the answer
-    included. logprobs: one for each of these; None: they were not asked for. finish_reason, stop_reason: as of
-    `ktcompile.engine.outputs.CompletionOutput`. prompt_logprobs: with the first delta of answer 0, if asked for.
-    num_cached_tokens: of the prompt, those that this answer did not compute when it began.
-    """
-
-    request_id: str
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: list[Logprobs] | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    num_prompt_tokens: int
-    prompt_logprobs: list[Logprobs | None] | None = None
-    num_cached_tokens: int = 0
+__all__ = ["Delta", "Engine", "EngineStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +109,8 @@ class Engine:
         self._secret = secrets.token_bytes()
         self._pool = BlockPool(self._runner.num_blocks)
         self._scheduler = Scheduler(options.scheduler_options(self.max_model_len), self._pool, clock)
-        self._requests: dict[str, _Request] = {}
-        self._answers: dict[str, _Answer] = {}  # by the name that the scheduler knows
+        self._requests: dict[str, ServedRequest] = {}
+        self._answers: dict[str, Answer] = {}  # by the name that the scheduler knows
         self._ended: list[Delta] = []  # between steps
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self.last_step: Step | None = None  # what the last `step` computed
@@ -162,11 +144,11 @@ class Engine:
         limit = self._limit(prompt_ids, params)
         parent = root(self.namespace, cache_salt, self._secret) if self._caches else None
         ends = end_tokens(self.model)
-        request = _Request(request_id, prompt_ids, params)
+        request = ServedRequest(request_id, prompt_ids, params)
         for index in range(params.n):
             completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
             name = f"{request_id}/{index}"
-            request.answers[name] = _Answer(request, name, completion, index)
+            request.answers[name] = Answer(request, name, completion, index)
         asked = params.prompt_logprobs is not None
         added: list[str] = []
         try:
@@ -245,7 +227,7 @@ class Engine:
 
     def _compute(self, step: Step, sampled: dict[str, int], deltas: list[Delta]) -> None:
         logits, places = self._runner.run(step)
-        chosen: list[_Answer] = []
+        chosen: list[Answer] = []
         rows: list[int] = []
         for i, chunk in enumerate(step.chunks):
             answer = self._answers[chunk.request_id]
@@ -266,7 +248,7 @@ class Engine:
                 sampled[name] = token.token_id
                 deltas.append(self._take(answer, token))
 
-    def _take(self, answer: _Answer, token: Sampled) -> Delta:
+    def _take(self, answer: Answer, token: Sampled) -> Delta:
         """Add a token to an answer, and return what it becomes."""
         request, completion = answer.request, answer.completion
         text = completion.add(token)
@@ -314,58 +296,6 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; the model has {self.max_model_len} positions"
             )
         return left if params.max_tokens is None else min(left, params.max_tokens)
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A request whose answers have not all ended. answers: those, by the name that the scheduler knows."""
-
-    request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
-    answers: dict[str, _Answer] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """One answer. name: as the scheduler knows it. of_prompt: what was asked for of the prompt's tokens behind the
-    first, as far as it is known."""
-
-    request: _Request
-    name: str
-    completion: Completion
-    index: int
-    began: bool = False
-    num_cached_tokens: int = 0
-    of_prompt: list[Logprobs] = field(default_factory=list)
-
-    def note_prompt(self, chunk: Chunk, logits: Tensor) -> None:
-        """Take the logits of [chunk.logits_from, chunk.end)."""
-        count, prompt_ids = self.request.params.prompt_logprobs, self.request.prompt_ids
-        if self.index != 0 or self.began or count is None:
-            return
-        followers = prompt_ids[chunk.logits_from + 1 : chunk.end + 1]
-        self.of_prompt += [token_logprobs(row, token, count) for row, token in zip(logits, followers, strict=False)]
-
-    def delta(
-        self,
-        text: str,
-        token_ids: tuple[int, ...],
-        logprobs: list[Logprobs] | None,
-        of_prompt: list[Logprobs | None] | None = None,
-    ) -> Delta:
-        return Delta(
-            self.request.request_id,
-            self.index,
-            text,
-            token_ids,
-            logprobs,
-            self.completion.finish_reason,
-            self.completion.stop_reason,
-            len(self.request.prompt_ids),
-            of_prompt,
-            self.num_cached_tokens,
-        )
 
 
 def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | None]:
