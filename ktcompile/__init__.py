@@ -1,7 +1,7 @@
 """ktcompile: Mixture-of-Experts models on ordinary machines.
 
-`torch.compile(model, backend="kt")` needs no import of this package. Importing it has the implementations "kt" of experts
-and of attention registered with transformers, as soon as that can run models.
+`torch.compile(model, backend="kt")` needs no import of this package. Importing it has the implementations "kt" of
+experts and of attention registered with transformers, as soon as that can run models.
 """
 
 from __future__ import annotations

@@ -126,6 +126,12 @@ def token_counts(model: nn.Module) -> list[list[int]]:
     return [[sum(of_one) for of_one in zip(*(f.native.tokens for f in layer), strict=True)] for layer in forms if layer]
 
 
+def formats(model: nn.Module) -> list[str]:
+    """Return the names of the formats that a model's experts are packed in, in order of their layers."""
+    forms = [form for module in experts_modules(model) for form in packed_forms(module)]
+    return list(dict.fromkeys(form.format.name for form in forms))
+
+
 def packed(module: nn.Module) -> PackedExperts:
     """Return what the implementation "kt" runs for a module, packed now if it was not."""
     if is_packed(module):
