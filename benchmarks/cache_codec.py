@@ -34,7 +34,7 @@ from ktcompile.cache.vfs import RealFolder
 
 def payloads(model: str | None, kv_format: str, tokens: int) -> tuple[BlockMemory, list[memoryview]]:
     """Return the full blocks of a prompt: the source of a module of the standard library, or of any tokens."""
-    llm = ktcompile.LLM(model, kv_format=kv_format, max_num_seqs=2, kv_cache_memory=1 << 28, max_model_len=tokens + 64)
+    llm = ktcompile.LLM(model, kv_format=kv_format, max_num_seqs=2, kv_device_memory=1 << 28, max_model_len=tokens + 64)
     if model is None:
         ids = list(llm.tokenizer.encode(Path(textwrap.__file__).read_text() * 4))[:tokens]
     else:

@@ -114,7 +114,7 @@ def whole_step(rows: int, vocabulary: int) -> dict[str, float]:
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2,
         eos_token_id=None,
     )  # fmt: skip
-    options = EngineOptions(max_num_seqs=max(2, rows), eager=True, kv_cache_memory=1 << 24)
+    options = EngineOptions(max_num_seqs=max(2, rows), eager=True, kv_device_memory=1 << 24)
     engine = Engine.of_model(Qwen3MoeForCausalLM(config).eval(), load_tokenizer(locate(None)), options)
     for row in range(rows):
         engine.add(str(row), range(100), SamplingParams(1000, 0.0))

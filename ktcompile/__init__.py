@@ -1,7 +1,7 @@
 """ktcompile: Mixture-of-Experts models on ordinary machines.
 
-`torch.compile(model, backend="kt")` needs no import of this package. Importing it registers the experts implementation
-and the attention implementation "kt" with transformers.
+`torch.compile(model, backend="kt")` needs no import of this package. Importing it has the implementations "kt" of
+experts and of attention registered with transformers, as soon as that can run models.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ktcompile import openmp, ops  # noqa: F401  (openmp first: it loads torch)
 from ktcompile.graph.report import CompileReport, compile_reports
-from ktcompile.models import hf_attention, hf_experts, hf_paged
+from ktcompile.models import registration
 from ktcompile.ops import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ _LAZY = {
     "load": "ktcompile.models.load",
 }
 
-hf_experts.register()
-hf_attention.register()
-hf_paged.register()
+registration.register()
 
 
 def __getattr__(name: str) -> object:

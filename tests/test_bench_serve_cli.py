@@ -105,6 +105,16 @@ def test_a_soak(fake_kinds, capsys, tmp_path):
     assert sum(sum(s.values()) for s in record["statuses"].values()) == len(record["soaked"]["ends"])
 
 
+def test_a_soak_of_a_given_rate_measures_nothing_before(capsys, tmp_path):
+    out = tmp_path / "soak.json"
+    with running() as url:
+        sent = ["--rate", "20", "--output", "4", "--input", "9", "--soak", "2"]
+        assert cli.main([*BENCH, "--url", url, *sent, "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["capacity"] is None and record["soaked"]["rate"] == 20 and len(record["soaked"]["ends"]) == 40
+    assert "capacity" not in capsys.readouterr().out
+
+
 def test_a_soak_finds_what_is_wrong(capsys):
     with running(accept_bad=True, max_running=2, polite=False, first=0.02) as url:
         assert cli.main([*BENCH, "--url", url, *SMALL, "--concurrency", "2", "--soak", "2", "--timeout", "5"]) == 1
@@ -128,7 +138,7 @@ def test_a_soak_finds_what_is_wrong(capsys):
         (["--url", "http://127.0.0.1:9", "--timeout", "0"], "--timeout of 0"),
         (["--url", "http://127.0.0.1:9", "--token-range", "5"], "--token-range '5'"),
         (["--url", "http://127.0.0.1:9", "--soak", "0"], "--soak of 0"),
-        (["--url", "http://127.0.0.1:9", "--soak", "5", "--rate", "1"], "--soak takes one server"),
+        (["--url", "http://127.0.0.1:9", "--soak", "5", "--plot", "a.png"], "--soak takes one server"),
         (["--url", "http://127.0.0.1:9", "--trace", "none.jsonl"], "none.jsonl"),
         (["--servers", "kt", "sglang"], "server 'sglang' is unknown; there are kt, vllm, transformers"),
         (["--servers", "vllm", "--peer-python", "vllm"], "write NAME=PYTHON"),

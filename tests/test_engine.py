@@ -256,8 +256,8 @@ def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
     ("options", "words"),
     [
         ({"kv_format": "int3"}, "kv_format is 'int3'; it must be one of auto, fp32"),
-        ({"kv_cache_memory": 0}, "kv_cache_memory is 0"),
-        ({"kv_cache_memory": 100}, "the cache has 100 bytes; one block of 8 positions takes"),
+        ({"kv_device_memory": 0}, "kv_device_memory is 0"),
+        ({"kv_device_memory": 100}, "the cache has 100 bytes; one block of 8 positions takes"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_model_len": 65}, "max_model_len is 65; the model has 64 positions"),
         ({"max_num_batched_tokens": 20}, "max_num_batched_tokens is 20; it must be 55 or more"),
@@ -271,7 +271,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -
 
 def test_a_sequence_is_no_longer_than_the_memory() -> None:
     bytes_per_block = engine_of(build_model(), **EAGER)._runner.kv_bytes // (40 * 8)
-    engine = engine_of(build_model(), **EAGER, kv_cache_memory=4 * bytes_per_block)
+    engine = engine_of(build_model(), **EAGER, kv_device_memory=4 * bytes_per_block)
     assert (engine.stats().num_blocks, engine.max_model_len) == (4, 32)
     (answer,) = serve(engine, [([1] * 30, SamplingParams(None, 0.0))])
     assert (len(answer.token_ids), answer.finish_reason) == (2, "length")

@@ -53,7 +53,7 @@ def check(family: str, dtype: torch.dtype, **options: Any) -> None:
     assert engine.stats().num_preemptions == 0
     # Other cuts of prompts, and memory for PROMPT with its answer and little more.
     small = {"max_num_batched_tokens": 47, "chunk_size": 8, "block_size": 4}
-    narrow = engine_of(tiny(family, dtype), kv_cache_memory=memory_of(engine, 160), **small, **options)
+    narrow = engine_of(tiny(family, dtype), kv_device_memory=memory_of(engine, 160), **small, **options)
     for params, expected in zip((GREEDY, DRAWN), alone, strict=True):
         assert in_company(narrow, 7, params) == expected, "in little memory"
     assert narrow.stats().num_preemptions > 0

@@ -75,7 +75,7 @@ def check_little_memory(engine: Watched, cold: Sequence[tuple[Answer, Logits]]) 
 
 def _narrow(engine: Watched) -> dict[str, Any]:
     memory = memory_of(engine.engine, 144)
-    return {"max_num_batched_tokens": 47, "chunk_size": 8, "kv_cache_memory": memory}
+    return {"max_num_batched_tokens": 47, "chunk_size": 8, "kv_device_memory": memory}
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_every_tier_gives_the_bits_of_computing(family: str, tmp_path: Path) -> 
 
 def _narrow(engine: Watched, path: Path) -> dict[str, Any]:
     memory = memory_of(engine.engine, 144)
-    few = {"max_num_batched_tokens": 47, "chunk_size": 8, "kv_cache_memory": memory}
+    few = {"max_num_batched_tokens": 47, "chunk_size": 8, "kv_device_memory": memory}
     return {"kv_host_memory": HOST, "kv_disk_path": path / "narrow", **few}
 
 
@@ -148,7 +148,7 @@ def test_the_embedded_model_goes_on_after_a_restart(tmp_path: Path) -> None:
 
     prompt = {"prompt_token_ids": list(range(100, 400))}
     params = SamplingParams(8, 0.0, ignore_eos=True)
-    options: dict[str, Any] = {"kv_cache_memory": 1 << 25, "kv_disk_path": str(tmp_path / "kv"), "max_num_seqs": 4}
+    options: dict[str, Any] = {"kv_device_memory": 1 << 25, "kv_disk_path": str(tmp_path / "kv"), "max_num_seqs": 4}
     with ktcompile.LLM(**options) as llm:
         (cold,) = llm.generate(prompt, params)
     with ktcompile.LLM(**options) as llm:

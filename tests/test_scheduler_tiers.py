@@ -136,7 +136,8 @@ def play(seed: int) -> TieredWorld:
     num_blocks = max(1, rng.choice([35, 40, 60]) // block_size)
     world = TieredWorld(options, num_blocks, rng.choice([2, 20, 100]), rng.choice([1, 4, 100]))
     arrivals = sorted(rng.expovariate(1.0) * rng.choice([1, 30]) for _ in range(rng.randint(5, 40)))
-    eager, rotten, rude = rng.choice([0.0, 0.3, 0.9, 1.0]), rng.choice([0.0, 0.1]), rng.choice([0.0, 0.05])
+    eager = {world.loaders: rng.choice([0.0, 0.2, 1.0]), world.storers: rng.choice([0.2, 1.0, 1.0])}
+    rotten, rude = rng.choice([0.0, 0.1]), rng.choice([0.0, 0.05])
     order = 0
     for _ in range(10_000):
         while arrivals and arrivals[0] <= world.now:
@@ -149,13 +150,13 @@ def play(seed: int) -> TieredWorld:
             break
         if not world.left:
             world.now = max(world.now, arrivals[0])
-        for workers in (world.loaders, world.storers):
-            if rng.random() < eager:
-                workers.run(rng.randint(1, 8))
+        for workers, share in eager.items():
+            if rng.random() < share:
+                workers.run(rng.randint(1, 20))
         if rng.random() < rotten:
             world.arena[rng.randrange(len(world.arena))] ^= 1
         if world.left and rng.random() < rude:
-            world.cancel(rng.choice(list(world.left)))
+            world.cancel(rng.choice(sorted(world.loading) or list(world.left)))
         world.begin_step()
         world.now += rng.uniform(0.1, 1.0)
         if world.step is not None:
@@ -190,6 +191,7 @@ def test_worlds_with_loads(part: int) -> None:
             raise
         preemptions, loaded = preemptions + world.preemptions, loaded + world.loaded
         seen = {name: number + seen[name] for name, number in world.tiers.counters.items()}
-    assert preemptions > 10 and loaded > 30 and seen["promoted_host"] > 100
+    # The worlds are such that all of it happens.
+    assert preemptions > 10 and loaded > 50 and seen["promoted_host"] > 50
     for name in ("demoted", "dropped", "load_late", "load_cancelled", "host_verify_failed", "host_evicted"):
-        assert seen[name] > 5, f"{name} hardly happens"
+        assert seen[name] > 0, f"{name} does not happen"

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from helpers.servers import wait_for
+
+from ktcompile.quant import FORMATS
 
 BODY = {"model": "tiny", "prompt": "import ", "max_tokens": 400, "ignore_eos": True, "seed": 1}
 
@@ -56,6 +59,12 @@ def post(port: int, body: dict[str, Any], key: str = "") -> http.client.HTTPResp
     return connection.getresponse()
 
 
+def model_name(port: int) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/v1/models")
+    return str(json.loads(connection.getresponse().read())["data"][0]["id"])
+
+
 def status(port: int, key: str) -> dict[str, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/status", headers={"Authorization": f"Bearer {key}"})
@@ -71,7 +80,9 @@ def test_a_process_serves_rests_and_drains(tmp_path: Path) -> None:
         assert post(port, BODY).status == 401
         assert post(port, {**BODY, "n": 3}, "secret").status == 400
         assert post(port, {**BODY, "max_tokens": 2, "prompt": "my secret"}, "secret").status == 200
-        counts = status(port, "secret")["expert_counts"]
+        found = status(port, "secret")
+        assert found["weight_format"] in FORMATS and found["block_size"] == 64
+        counts = found["expert_counts"]
         assert [len(layer) for layer in counts] == [16] * 4 and all(sum(layer) > 0 for layer in counts)
         # Nothing is done while nothing is asked.
         seen = psutil.Process(process.pid)
@@ -93,6 +104,9 @@ def test_a_process_serves_rests_and_drains(tmp_path: Path) -> None:
         response = post(port, {**BODY, "stream": True}, "secret")
         text = response.read(50)
         process.send_signal(signal.SIGTERM)
+        wait_for(lambda: any("draining" in line for line in log))
+        refused = post(port, BODY, "secret")
+        assert refused.status == 503 and refused.headers["Retry-After"]
         text += response.read()
         assert text.endswith(b"data: [DONE]\n\n")
         assert text.count(b'"finish_reason":"length"') == 1
@@ -102,6 +116,20 @@ def test_a_process_serves_rests_and_drains(tmp_path: Path) -> None:
     assert [r["status"] for r in records if r.get("path") == "/v1/completions"][:3] == [401, 400, 200]
     assert any(record["message"] == "drained" for record in records)
     assert "my secret" not in "".join(log)
+
+
+def test_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
+    with ktc_serve("--max-model-len", "2000") as (process, port, log):
+        bodies = [{**BODY, "model": model_name(port), "max_tokens": 1900, "stream": True, "seed": i} for i in range(8)]
+        responses = [post(port, body) for body in bodies]
+        assert all(response.read(20) for response in responses)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: any("draining" in line for line in log))
+        process.send_signal(signal.SIGTERM)
+        texts = [response.read() for response in responses]
+        assert process.wait(30) == 0
+    assert any("is closed" in text.decode() for text in texts)
+    assert not all('"finish_reason":"length"' in text.decode() for text in texts)
 
 
 def test_what_cannot_be_set_is_said_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -17,7 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ktcompile.models.load import locate
 from ktcompile.models.tokenizer import load_tokenizer
+from ktcompile.runtime.activity import Activity
+from ktcompile.runtime.metrics import ExpertMetrics, LayerMetrics
+from ktcompile.runtime.prometheus import exposition
+from ktcompile.server.app import create_app
 from ktcompile.server.options import ServerOptions
+from ktcompile.server.run import bind, in_thread, url_of
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hello"}]}
 TEXT = {"model": "fake", "prompt": [1, 2, 3]}
@@ -280,6 +286,22 @@ def test_metrics_count_what_was_served(engine: FakeEngine) -> None:
         assert values[f"vllm:{name}_seconds_count",] == 3
     assert values["vllm:inter_token_latency_seconds_count",] == 3 * 2 * 4
     assert values["vllm:admission_rejections_total", "invalid_value"] == 1
+
+
+def test_experts_on_a_device_are_in_the_same_registry(engine: FakeEngine) -> None:
+    layer = LayerMetrics((1, 2), (5, 3, 0, 2), Activity(cpu_rows=6, device_rows=4))
+    experts = ExpertMetrics("a device", 1000, 600, 7, (layer,))
+    app, bound = create_app(engine, expert_metrics=lambda: experts), bind(ServerOptions(port=0))
+    with in_thread(app, bound):
+        server = Running(url_of(bound), bound.getsockname()[1], app, app.state.service)
+        text = call(server, "/metrics").body.decode()
+    own = {line for line in exposition(experts).splitlines() if "ktcompile_expert" in line}
+    found = {line.removesuffix(".0") for line in text.splitlines() if "ktcompile_expert" in line}
+    assert {line for line in own if line.startswith("#")} <= found
+    assert {
+        parts[0]: float(parts[1]) for line in own if not line.startswith("#") if (parts := line.rsplit(" ", 1))
+    } == {parts[0]: float(parts[1]) for line in found if not line.startswith("#") if (parts := line.rsplit(" ", 1))}
+    assert "vllm:num_requests_running" in text and text.count("# TYPE") == len(set(re.findall(r"# TYPE \S+", text)))
 
 
 def test_the_page_is_open_and_its_figures_are_those_of_the_server(engine: FakeEngine) -> None:

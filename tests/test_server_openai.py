@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
-from helpers.servers import Running, running
+from helpers.servers import Running, call, running
 from openai import OpenAI
 
 from ktcompile import LLM, SamplingParams
@@ -79,6 +81,14 @@ def test_a_stream_is_the_whole_in_pieces(client: OpenAI, model: str) -> None:
     assert "".join(pieces) == whole.choices[0].text
     assert len(pieces) > 5
     assert usage == whole.usage
+    each = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        client.completions.create(
+            model=model, prompt="import ", max_tokens=30, temperature=0, stream=True, stream_options=each
+        )
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert len(counts) == len(chunks) and counts == [*range(1, 31), 30] and chunks[-1].usage == whole.usage
 
 
 def test_several_prompts_in_a_stream(client: OpenAI, model: str) -> None:
@@ -138,6 +148,51 @@ def test_answers_do_not_depend_on_who_else_asks(client: OpenAI, model: str) -> N
     alone = [ask(i) for i in range(8)]
     with ThreadPoolExecutor(8) as clients:
         assert list(clients.map(ask, range(8))) == alone
+
+
+def test_what_was_computed_before_is_told_and_not_shared_across_salts(
+    server: Running, client: OpenAI, model: str
+) -> None:
+    prompt = [300 + i for i in range(200)]  # three blocks and a part of one
+
+    def cached(salt: str | None, **more: Any) -> tuple[int, str]:
+        extra = {} if salt is None else {"cache_salt": salt}
+        given: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0, **more}
+        answer = client.completions.create(**given, extra_body=extra)
+        assert answer.usage and answer.usage.prompt_tokens_details
+        return answer.usage.prompt_tokens_details.cached_tokens or 0, answer.choices[0].text
+
+    first = cached(None)
+    assert first[0] == 0
+    assert cached(None) == (192, first[1])
+    assert cached("a") == first and cached("b") == first
+    assert cached("a") == (192, first[1])
+    assert cached(None, prompt=[prompt, prompt])[0] == 2 * 192
+    *_, last = client.completions.create(
+        model=model, prompt=prompt, max_tokens=4, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage and last.usage.prompt_tokens_details and last.usage.prompt_tokens_details.cached_tokens == 192
+    messages = [{"role": "user", "content": "x = 1\n" * 60}]
+    for streams in (False, True):
+        client.chat.completions.create(model=model, messages=messages, max_tokens=1)
+        answer = client.chat.completions.create(
+            model=model,
+            messages=messages,
+            max_tokens=1,
+            stream=streams,
+            **({"stream_options": {"include_usage": True}} if streams else {}),
+        )
+        usage = list(answer)[-1].usage if streams else answer.usage
+        assert usage.prompt_tokens_details.cached_tokens >= 64
+    response = client.responses.create(model=model, input="x = 1\n" * 60, max_output_tokens=1)
+    assert response.usage and response.usage.input_tokens_details.cached_tokens >= 64
+    text = call(server, "/metrics").body.decode()
+    hits, queries = (
+        float(re.findall(rf"prefix_cache_{name}_total{{.*}} (.*)", text)[0]) for name in ("hits", "queries")
+    )
+    assert 7 * 192 <= hits < queries
+    with pytest.raises(openai.UnprocessableEntityError, match="cache_salt"):
+        cached("")
 
 
 def test_stop_ends_before_its_text(client: OpenAI, model: str) -> None:
@@ -251,9 +306,27 @@ def test_responses(client: OpenAI, model: str) -> None:
     assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == whole.output_text
     assert events[0].type == "response.created" and events[-1].type == "response.incomplete"
     assert [e.sequence_number for e in events] == list(range(len(events)))
+    assert events[-1].response.output_text == whole.output_text and events[-1].response.usage == whole.usage
     text = {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}}
     formed = client.responses.create(model=model, input="x", max_output_tokens=100, text=text)
     assert formed.status == "completed" and set(json.loads(formed.output_text)) == {"a", "b"}
+
+
+def test_the_clients_own_reader_of_response_streams_is_content(client: OpenAI, model: str) -> None:
+    """It keeps a snapshot by the indices of items and parts, and fails where an event does not fit."""
+    kinds, text = [], ""
+    with client.responses.stream(model=model, input="def f(", max_output_tokens=12, temperature=0) as stream:
+        for event in stream:
+            kinds.append(event.type.removeprefix("response."))
+            if event.type == "response.output_text.delta":
+                text += event.delta
+                assert event.snapshot == text
+            if event.type == "response.output_text.done":
+                assert event.text == text
+    assert [kind for kind, _ in itertools.groupby(kinds)] == [
+        *("created", "in_progress", "output_item.added", "content_part.added", "output_text.delta"),
+        *("output_text.done", "content_part.done", "output_item.done", "incomplete"),
+    ]
 
 
 def test_errors_have_the_classes_of_the_client(client: OpenAI, model: str) -> None:

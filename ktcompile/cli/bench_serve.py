@@ -35,9 +35,9 @@ from the usage in each chunk (continuous_usage_stats), token_ids or logprobs; wh
 answer's tokens are spread over its chunks. The 'itl' of --slo is the 99th percentile within a request, tpot the mean;
 goodput counts requests within all objectives.
 
---soak measures the capacity, then sends twice as many requests for so many seconds, a fifth of them from clients that
-leave, read slowly, or send prompts that are too long or no JSON. The exit status is 1 if the server did what it must
-not.
+--soak measures the capacity, then sends twice as many requests for so many seconds, or --rate of them a second without
+measuring; a fifth are from clients that leave, read slowly, or send prompts that are too long or no JSON. The exit
+status is 1 if the server did what it must not.
 
 sharegpt: log-normal lengths with ShareGPT's means from the vLLM paper, 161 tokens of a prompt and 338 of an answer.
 The exit status is 1 if ktcompile was left out, or no request of a server ended well.
@@ -88,7 +88,9 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add("--patience", type=float, metavar="SECONDS", default=900.0, help="until a server answers (default: 900)")
     add("--threads", type=int, metavar="N", help="of servers that are started (default: physical cores)")
     add("--slo", metavar="LIST", help="objectives for goodput: ttft=500ms,itl=80ms,tpot=...,e2e=...")
-    add("--soak", type=float, metavar="SECONDS", help="of twice the capacity, with clients that misbehave; one server")
+    add(
+        "--soak", type=float, metavar="SECONDS", help="of twice the capacity, or of --rate, with clients that misbehave"
+    )
     add("--json", type=Path, metavar="FILE.json", help="write the results, after each server too")
     add("--plot", type=Path, metavar="OUT.png", help="draw latencies over time and as distributions; needs matplotlib")
     add("--replot", type=Path, metavar="FILE.json", help="measure nothing; draw what --json wrote")
@@ -246,14 +248,14 @@ def _start(contender: Contender, threads: int) -> Server:
 
 
 def _soak(args: argparse.Namespace, benchmark: ServeBenchmark) -> int:
-    from ktcompile.bench.serve.arrivals import ClosedLoop
+    from ktcompile.bench.serve.arrivals import Replay
     from ktcompile.bench.serve.run import soak
     from ktcompile.cli.serve_tables import print_soak
 
     if not args.soak > 0:
         raise ValueError(f"--soak of {args.soak:g} s cannot be; it must be positive")
-    if len(benchmark.contenders) > 1 or not isinstance(benchmark.workload.arrivals, ClosedLoop) or args.plot:
-        raise ValueError("--soak takes one server, --concurrency alone of the arrivals, and no --plot")
+    if len(benchmark.contenders) > 1 or isinstance(benchmark.workload.arrivals, Replay) or args.plot:
+        raise ValueError("--soak takes one server, no --trace and no --plot")
     with session(benchmark.turns, benchmark.threads, _LIBRARIES, args.json) as (machine, listener):
         report = soak(benchmark, args.soak, machine, listener, _start)
     print_soak(report)

@@ -10,7 +10,7 @@ import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -78,12 +78,14 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass
 class Chat:
-    """What was said, with a server that goes on with it. extras: parameters of each request."""
+    """What was said, with a server that goes on with it. extras: parameters of each request. thought: is told what the
+    model thinks before it answers, in pieces; no answer has it."""
 
     url: str
     api_key: str | None
     extras: dict[str, Any]
     messages: list[dict[str, str]] = field(default_factory=list)
+    thought: Callable[[str], None] = lambda piece: None
 
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer in pieces. It belongs to what was said once it has ended, or is no longer read.
@@ -117,6 +119,8 @@ class Chat:
                 if "error" in event:
                     raise ValueError(event["error"]["message"])
                 for choice in event["choices"]:
+                    if choice["delta"].get("reasoning_content"):
+                        self.thought(choice["delta"]["reasoning_content"])
                     if choice["delta"].get("content"):
                         yield choice["delta"]["content"]
 
@@ -172,22 +176,33 @@ def _talk(args: argparse.Namespace, chat: Chat) -> None:
 
 
 def _show(console: Console, chat: Chat, text: str, *, markdown: bool) -> None:
-    """Print an answer while it comes. What the server refuses ends the program where nobody can ask again."""
+    """Print an answer while it comes, on a terminal behind what was thought. What the server refuses ends the program
+    where nobody can ask again."""
+    from rich.console import Group
     from rich.live import Live
     from rich.markdown import Markdown
+    from rich.text import Text
 
+    thoughts: list[str] = []
+    pieces: list[str] = []
     answer = chat.ask(text)
     try:
         if not markdown:
+            if console.is_terminal:
+                chat.thought = lambda piece: console.out(piece, end="", style="dim", highlight=False)
             for piece in answer:
                 console.out(piece, end="", highlight=False)
             console.out()
             return
-        pieces: list[str] = []
         with Live(console=console, refresh_per_second=8, vertical_overflow="visible") as live:
+
+            def show(of: list[str], piece: str) -> None:
+                of.append(piece)
+                live.update(Group(Text("".join(thoughts), style="dim"), Markdown("".join(pieces))))
+
+            chat.thought = lambda piece: show(thoughts, piece)
             for piece in answer:
-                pieces.append(piece)
-                live.update(Markdown("".join(pieces)))
+                show(pieces, piece)
     except KeyboardInterrupt:
         console.print("(cut)", style="dim")
     except ValueError as error:

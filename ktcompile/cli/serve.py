@@ -92,10 +92,11 @@ def make_app(model: str | None, options: ServerOptions, engine_options: EngineOp
     from transformers.utils import logging as hf_logging
 
     from ktcompile.engine.engine import Engine
-    from ktcompile.models.hf_experts import token_counts
+    from ktcompile.models.hf_experts import formats, token_counts
     from ktcompile.models.placed import expert_metrics
     from ktcompile.runtime.metrics import ExpertMetrics
     from ktcompile.server.app import create_app
+    from ktcompile.server.status import ModelFacts
 
     hf_logging.set_verbosity(logging.ERROR)
     with progress_bars(shown=True):
@@ -104,17 +105,15 @@ def make_app(model: str | None, options: ServerOptions, engine_options: EngineOp
     def experts() -> ExpertMetrics | None:
         return None if engine_options.device == "none" else expert_metrics(engine.model)
 
+    def facts() -> ModelFacts:
+        found = " and ".join(formats(engine.model))
+        return ModelFacts(found or None, engine_options.block_size, token_counts(engine.model))
+
     settings = engine.model.generation_config
     chosen: dict[str, Any] = settings.to_diff_dict() if settings is not None else {}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     defaults = {name: chosen[name] for name in names if name in chosen}
-    return create_app(
-        engine,
-        options,
-        defaults=defaults,
-        expert_metrics=experts,
-        expert_counts=lambda: token_counts(engine.model),
-    )
+    return create_app(engine, options, defaults=defaults, expert_metrics=experts, facts=facts)
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def print_soak(report: SoakReport) -> None:
     s = report.soaked
     console.print(f"\n{report.name}: {report.model}, {report.dialect}", markup=False)
     sent = f"{s.rate:.2f} a second for {s.seconds:.0f} s, {len(s.ends)} requests"
-    console.print(f"capacity {report.capacity:.2f} requests/s in a {report.method['arrivals']}; then {sent}")
+    if report.capacity is not None:
+        sent = f"capacity {report.capacity:.2f} requests/s in a {report.method['arrivals']}; then {sent}"
+    console.print(sent)
     table = Table("requests", "how they ended", box=box.SIMPLE)
     for kind, statuses in report.statuses().items():
         table.add_row(kind, ", ".join(f"{status}: {count}" for status, count in statuses.items()))

@@ -34,6 +34,10 @@ _HELP = {
     "metrics_prefix": "of the names of metrics",
     "log_prompts": "write prompts to the log",
     "trace": "send spans to OTEL_EXPORTER_OTLP_ENDPOINT (extra otel)",
+    "reasoning_parser": "of what a model thinks: auto, none, deepseek_r1 or qwen3",
+    "prompt_price": "of a million tokens of prompts; usage then says what a request costs",
+    "cached_price": "likewise of those that were cached (default: as --prompt-price)",
+    "completion_price": "likewise of answers",
     "max_num_seqs": "sequences that are computed at a time",
     "max_num_batched_tokens": "tokens of a step",
     "max_model_len": "positions of a sequence (default: the model's)",
@@ -42,7 +46,7 @@ _HELP = {
     "max_queued_requests": "sequences that may wait",
     "max_queued_tokens": "their tokens together",
     "max_queue_seconds": "that a request may be expected to wait; 0: any time",
-    "kv_cache_memory": "for keys and values, as 4G (default: a third of what is free)",
+    "kv_device_memory": "for keys and values, as 4G (default: a third of what is free)",
     "kv_host_memory": "for blocks behind these (default: none; with --kv-disk-path a quarter of them)",
     "kv_disk_path": "folder for blocks, which the next start finds again",
     "kv_disk_size": "of that folder, as 50G (default: 16G)",
@@ -55,7 +59,7 @@ _HELP = {
 # Their flags have defaults: one that is given the default counts as left out.
 _OF_DEVICE = {field.name: field.default for field in fields(DeviceOptions)}
 _METAVARS: dict[Any, str] = {int: "N", float: "N", str: "TEXT", size: "SIZE", Path: "DIR"}
-_SIZES = ("max_body_bytes", "kv_cache_memory", "kv_host_memory", "kv_disk_size")
+_SIZES = ("max_body_bytes", "kv_device_memory", "kv_host_memory", "kv_disk_size")
 
 
 def add_setting_arguments(parser: argparse.ArgumentParser, *records: type) -> None:

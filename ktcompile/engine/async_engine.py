@@ -117,12 +117,13 @@ class AsyncEngine:
         *,
         prompt: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncGenerator[list[Delta], None]:
         """Yield what the engine adds to a request, each time all that was not read yet, until its last answer ends.
 
         Leaving the loop early, or being cancelled, aborts the request. deadline: by time.monotonic.
-        Errors before the first delta are those of `Engine.add` and UnavailableError; later ones StepError and
-        SlowReaderError.
+        cache_salt: as of `Engine.add`. Errors before the first delta are those of `Engine.add` and UnavailableError;
+        later ones StepError and SlowReaderError.
         """
         if self._health is not Health.READY:
             raise UnavailableError(f"the engine is {self._health.value} and takes no request")
@@ -132,7 +133,7 @@ class AsyncEngine:
         self._streams[request_id] = stream
         self._idle.clear()
         try:
-            await self._add(request_id, prompt_token_ids, params, prompt, deadline)
+            await self._add(request_id, prompt_token_ids, params, prompt, deadline, cache_salt)
             while True:
                 await stream.ready.wait()
                 stream.ready.clear()
@@ -179,6 +180,7 @@ class AsyncEngine:
         params: SamplingParams,
         prompt: str | None,
         deadline: float | None,
+        cache_salt: str,
     ) -> None:
         """Have the thread add a request, and raise what `Engine.add` raises."""
         assert self._loop is not None, "start was not called"
@@ -189,7 +191,9 @@ class AsyncEngine:
             try:
                 if self._health is Health.DEAD:
                     raise UnavailableError("the engine is dead and takes no request")
-                self.engine.add(request_id, prompt_token_ids, params, prompt=prompt, deadline=deadline)
+                self.engine.add(
+                    request_id, prompt_token_ids, params, prompt=prompt, deadline=deadline, cache_salt=cache_salt
+                )
             except Exception as error:
                 self._call_loop(_settle, done, error)
                 return
@@ -289,7 +293,7 @@ class AsyncEngine:
                 if not self._unfinished[delta.request_id]:
                     del self._unfinished[delta.request_id]
         if self._observer is not None:
-            self._observer.stepped(deltas, self._stats, time.monotonic() - begin)
+            self._observer.stepped(deltas, self._stats, self.engine.last_step, time.monotonic() - begin)
         if deltas:
             self._call_loop(self._deliver, deltas)
         if self._failures == _FAILURES:

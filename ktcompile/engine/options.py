@@ -18,7 +18,7 @@ class EngineOptions(DeviceOptions):
     """Options of an engine: those of the device, those of `ktcompile.scheduler.policy.SchedulerOptions`, and these.
 
     max_model_len: positions of a sequence; None: as many as the model has, and fit into the memory for keys and values.
-    kv_cache_memory: that memory in bytes; None: a third of what is free, at most what max_num_seqs sequences of
+    kv_device_memory: that memory in bytes; None: a third of what is free, at most what max_num_seqs sequences of
     max_model_len need. kv_format: a name of `ktcompile.ops.KV_FORMATS`, as "int8"; "auto": the model's dtype.
     enable_prefix_caching: what was computed of the beginning of a request is taken from blocks of others.
     kv_host_memory: bytes for blocks that the device has no room for; None: none, or with kv_disk_path a quarter of the
@@ -36,7 +36,7 @@ class EngineOptions(DeviceOptions):
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     max_queue_seconds: float = 60.0
-    kv_cache_memory: int | None = None
+    kv_device_memory: int | None = None
     kv_format: str = _AUTO
     kv_host_memory: int | None = None
     kv_disk_path: Path | None = None
@@ -53,8 +53,8 @@ class EngineOptions(DeviceOptions):
         if self.kv_format != _AUTO and self.kv_format not in KV_FORMATS:
             known = ", ".join((_AUTO, *KV_FORMATS))
             raise ValueError(f"kv_format is {self.kv_format!r}; it must be one of {known}")
-        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
-            raise ValueError(f"kv_cache_memory is {self.kv_cache_memory}; it must be 1 byte or more")
+        if self.kv_device_memory is not None and self.kv_device_memory < 1:
+            raise ValueError(f"kv_device_memory is {self.kv_device_memory}; it must be 1 byte or more")
         if self.kv_host_memory is not None and self.kv_host_memory < 0:
             raise ValueError(f"kv_host_memory is {self.kv_host_memory}; it must be 0 bytes or more")
         if self.kv_disk_size is not None and self.kv_disk_size < 1:

@@ -10,15 +10,18 @@ from ktcompile.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta, EngineStats
+    from ktcompile.scheduler.batch import Step
 
 
 class EngineLike(Protocol):
-    """What is used of `ktcompile.engine.engine.Engine`. What changes is called by one thread."""
+    """What is used of `ktcompile.engine.engine.Engine`. What changes is called by one thread. last_step: what `step`
+    computed, where names of requests have "/" and the number of the answer behind them."""
 
     model_name: str
     tokenizer: Any
     max_model_len: int
     vocab_size: int
+    last_step: Step | None
 
     @property
     def has_requests(self) -> bool: ...
@@ -30,6 +33,7 @@ class EngineLike(Protocol):
         *,
         prompt: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> Sequence[Delta]: ...
@@ -41,10 +45,11 @@ class EngineLike(Protocol):
 class Observer(Protocol):
     """Is told what happens, on the thread of the engine, and must be quick. Times are those of time.monotonic.
 
-    added: a request that was taken; arrival: when it was asked for. stepped: a step that took `seconds` ended.
+    added: a request that was taken; arrival: when it was asked for. stepped: a step that took `seconds` ended;
+    step: what it computed.
     dropped: a request will have no more deltas, since it was aborted or its step failed.
     """
 
     def added(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> None: ...
-    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, seconds: float) -> None: ...
+    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, step: Step | None, seconds: float) -> None: ...
     def dropped(self, request_id: str, reason: FinishReason) -> None: ...

@@ -56,7 +56,7 @@ class ModelRunner:
         layers = [layer_kv(self.kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
         sequences = max(3, options.max_num_seqs)  # three are run to check the model
         needed = sequences * blocks_for(longest, options.block_size)
-        budget = default_budget() if options.kv_cache_memory is None else options.kv_cache_memory
+        budget = default_budget() if options.kv_device_memory is None else options.kv_device_memory
         self.num_blocks = min(needed, num_blocks(budget, layers, options.block_size))
         self.max_model_len = min(longest, self.num_blocks * options.block_size)
         self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
@@ -143,7 +143,7 @@ class ModelRunner:
         behind = blocks_for(3, size)  # those of the first sequence
         last = behind + blocks_for(2, size)
         if last + behind > self.num_blocks or self.max_model_len < 3:
-            raise ValueError(f"{self.num_blocks} blocks of {size} positions are too few; raise kv_cache_memory")
+            raise ValueError(f"{self.num_blocks} blocks of {size} positions are too few; raise kv_device_memory")
         both = _chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), behind, size)
         together = self.run(_step(*both, _chunk("c", (6, 7, 8), last, size))).values
         alone = self.run(_step(_chunk("a", (3,), 0, size, begin=2))).values

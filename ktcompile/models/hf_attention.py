@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ktcompile.ops.attention  # noqa: F401  (defines kt::attention)
-from ktcompile.log import warn_once
+from ktcompile.models.traced import note
 from ktcompile.quant import FLOAT_DTYPES
 
 NAME = "kt"
@@ -90,11 +90,6 @@ def _stock(module: Any, *args: Any, **options: Any) -> tuple[Tensor, None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     *inputs, reason = args
-    _log(f"{type(module).__name__} is left to sdpa: {reason}")
+    note(f"{type(module).__name__} is left to sdpa: {reason}")
     result: tuple[Tensor, None] = sdpa_attention_forward(module, *inputs, **options)
     return result
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _log(message: str) -> None:
-    warn_once(message)

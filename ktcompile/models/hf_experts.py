@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ktcompile.graph.experts import describe
-from ktcompile.log import warn_once
 from ktcompile.models.fp8_experts import Fp8Weights, fp8_experts
+from ktcompile.models.traced import note, run_as_traced
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
@@ -126,6 +126,12 @@ def token_counts(model: nn.Module) -> list[list[int]]:
     return [[sum(of_one) for of_one in zip(*(f.native.tokens for f in layer), strict=True)] for layer in forms if layer]
 
 
+def formats(model: nn.Module) -> list[str]:
+    """Return the names of the formats that a model's experts are packed in, in order of their layers."""
+    forms = [form for module in experts_modules(model) for form in packed_forms(module)]
+    return list(dict.fromkeys(form.format.name for form in forms))
+
+
 def packed(module: nn.Module) -> PackedExperts:
     """Return what the implementation "kt" runs for a module, packed now if it was not."""
     if is_packed(module):
@@ -190,7 +196,7 @@ def _stock(module: nn.Module, *args: Any) -> torch.Tensor:
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     *inputs, reason = args
-    _log(f"{type(module).__name__} is left to the stock implementation: {reason}")
+    note(f"{type(module).__name__} is left to the stock implementation: {reason}")
     result: torch.Tensor = grouped_mm_experts_forward(module, *inputs)
     return result
 
@@ -199,7 +205,7 @@ def _stock_fp8(module: nn.Module, *args: Any) -> torch.Tensor:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 
     *inputs, reason = args
-    _log(f"{type(module).__name__} is left to the stock implementation: {reason}")
+    note(f"{type(module).__name__} is left to the stock implementation: {reason}")
     result: torch.Tensor = ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"](module, *inputs)
     return result
 
@@ -246,16 +252,11 @@ def _refuse_copies(module: nn.Module, state: dict[str, Any], prefix: str, metada
         errors.append(f"{' and '.join(names)} exist only packed; use load_state_dict with assign=True")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _log(message: str) -> None:
-    warn_once(message)
-
-
 _adopted: weakref.WeakKeyDictionary[nn.Module, PackedExperts] = weakref.WeakKeyDictionary()
 _known: weakref.WeakKeyDictionary[nn.Module, tuple[str, tuple[str | None, ...], str]] = weakref.WeakKeyDictionary()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@run_as_traced
 def _facts(module: nn.Module) -> tuple[str, tuple[str | None, ...], str]:
     """Return (encoded spec, names of parameters, "") or ("", (), reason)."""
     if module not in _known:

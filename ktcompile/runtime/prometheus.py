@@ -9,25 +9,29 @@ from collections.abc import Callable, Iterator
 from ktcompile.runtime.metrics import ExpertMetrics, LayerMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_PREFIX = "ktcompile_expert"
+_PREFIX = "ktcompile_expert_"
 _SIDES = ("cpu", "device", "streamed")
 
 
 def exposition(metrics: ExpertMetrics) -> str:
     """Return all samples, each metric with its help and its type."""
     lines: list[str] = []
-    for name, kind, text, samples in _metrics(metrics):
-        full = f"{_PREFIX}_{name}"
-        lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-        lines += [f"{full}{_labels(labels)} {value:.17g}" for labels, value in samples]
+    for name, kind, text, samples in families(metrics):
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        lines += [f"{name}{_labels(labels)} {value:.17g}" for labels, value in samples]
     return "\n".join(lines) + "\n"
 
 
 _Sample = tuple[dict[str, str], float]
 
 
+def families(metrics: ExpertMetrics) -> Iterator[tuple[str, str, str, list[_Sample]]]:
+    """Yield name, type, help and samples of each metric; a sample is its labels and its value."""
+    for name, kind, text, samples in _metrics(metrics):
+        yield _PREFIX + name, kind, text, samples
+
+
 def _metrics(m: ExpertMetrics) -> Iterator[tuple[str, str, str, list[_Sample]]]:
-    """Yield name, type, help and samples."""
     known = [(i, layer.activity.hit_rate) for i, layer in enumerate(m.layers)]
     rates = [({"layer": str(i)}, rate) for i, rate in known if rate is not None]
     yield "hit_rate", "gauge", "Part of the tokens of experts whose expert was on the device.", rates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from ktcompile.server.protocol import (
 )
 from ktcompile.server.service import Service, api_errors
 from ktcompile.server.sse import ClientLeft
-from ktcompile.server.status import page
+from ktcompile.server.status import ModelFacts, page
 
 
 class ErrorDetail(BaseModel):
@@ -59,12 +59,12 @@ def create_app(
     *,
     defaults: dict[str, Any] | None = None,
     expert_metrics: Callable[[], ExpertMetrics | None] = lambda: None,
-    expert_counts: Callable[[], Sequence[Sequence[int]]] = tuple,
+    facts: Callable[[], ModelFacts] = ModelFacts,
 ) -> FastAPI:
     """Return the application that serves an engine; its thread runs while the application does. Others: as of
     `ktcompile.server.service.Service`, which is `app.state.service`."""
     options = options or ServerOptions()
-    service = Service(engine, options, defaults=defaults, expert_metrics=expert_metrics, expert_counts=expert_counts)
+    service = Service(engine, options, defaults=defaults, expert_metrics=expert_metrics, facts=facts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

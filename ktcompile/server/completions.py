@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 from ktcompile.engine.outputs import Logprobs
 from ktcompile.server.errors import ApiError, json_response, of_exception
-from ktcompile.server.protocol import CompletionRequest
+from ktcompile.server.protocol import CompletionRequest, StreamOptions
 from ktcompile.server.sampling import of_completion
-from ktcompile.server.service import Deltas, Service, api_errors, finite, gather_or_cancel, usage
+from ktcompile.server.service import Ask, Deltas, Service, api_errors, finite, gather_or_cancel
 from ktcompile.server.sse import DONE, EventStream, event
+from ktcompile.server.usage import Usage
 
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta
@@ -38,17 +39,14 @@ async def respond(body: CompletionRequest, request: Request, service: Service) -
         "created": int(time.time()),
         "model": service.name,
     }
-    prompt_tokens = sum(len(ids) for _, ids in prompts)
+    usage = service.usage(sum(len(ids) for _, ids in prompts))
+    asks = [Ask(request, ids, params, text, body.timeout, body.cache_salt) for text, ids in prompts]
     echoed = [text if body.echo and text else "" for text, _ in prompts]
     if body.stream:
-        opened: list[Deltas] = await gather_or_cancel(
-            [service.open(request, text, ids, params, body.timeout) for text, ids in prompts]
-        )
-        events = _events(body, head, opened, echoed, prompt_tokens)
+        opened: list[Deltas] = await gather_or_cancel([service.open(ask) for ask in asks])
+        events = _events(body, head, opened, echoed, usage)
         return EventStream(events, service.options.write_timeout)
-    answers = await gather_or_cancel(
-        [service.answer(request, text, ids, params, body.timeout) for text, ids in prompts]
-    )
+    answers = await gather_or_cancel([service.answer(ask) for ask in asks])
     choices = []
     for place, of_prompt in enumerate(answers):
         for answer in of_prompt:
@@ -64,8 +62,9 @@ async def respond(body: CompletionRequest, request: Request, service: Service) -
                     "stop_reason": answer.stop_reason,
                 }
             )
-    generated = sum(len(answer.token_ids) for of_prompt in answers for answer in of_prompt)
-    return json_response({**head, "choices": choices, "usage": usage(prompt_tokens, generated)})
+    usage.cached = sum(of_prompt[0].cached for of_prompt in answers)
+    usage.completion = sum(len(answer.token_ids) for of_prompt in answers for answer in of_prompt)
+    return json_response({**head, "choices": choices, "usage": usage.for_chat()})
 
 
 async def _prompts(body: CompletionRequest, service: Service) -> list[_Prompt]:
@@ -87,19 +86,19 @@ async def _prompts(body: CompletionRequest, service: Service) -> list[_Prompt]:
 
 
 async def _events(
-    body: CompletionRequest, head: dict[str, Any], opened: Sequence[Deltas], echoed: Sequence[str], prompt_tokens: int
+    body: CompletionRequest, head: dict[str, Any], opened: Sequence[Deltas], echoed: Sequence[str], usage: Usage
 ) -> AsyncGenerator[bytes, None]:
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-    none_yet = {"usage": None} if with_usage else {}
+    options = body.stream_options or StreamOptions()
     places: dict[int, int] = {}  # by choice: characters so far
-    generated = 0
     try:
         async with aclosing(_merged(opened)) as merged:
             async for number, deltas in merged:
                 for delta in deltas:
-                    generated += len(delta.token_ids)
+                    usage.completion += len(delta.token_ids)
                     index = number * body.n + delta.index
                     text = delta.text if index in places else echoed[number] + delta.text
+                    if index not in places and delta.index == 0:
+                        usage.cached += delta.num_cached_tokens
                     logprobs = None
                     before = places.setdefault(index, 0)
                     if body.logprobs is not None and delta.logprobs is not None:
@@ -112,9 +111,9 @@ async def _events(
                         "finish_reason": delta.finish_reason,
                         "stop_reason": delta.stop_reason,
                     }
-                    yield event({**head, "choices": [choice], **none_yet})
-        if with_usage:
-            yield event({**head, "choices": [], "usage": usage(prompt_tokens, generated)})
+                    yield event({**head, "choices": [choice], **usage.for_event(options)})
+        if options.include_usage:
+            yield event({**head, "choices": [], "usage": usage.for_chat()})
     except Exception as error:
         yield event(of_exception(error).body)
     yield DONE

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from ktcompile.engine.outputs import FinishReason
 from ktcompile.engine.sampling_params import SamplingParams
-from ktcompile.runtime.prometheus import CONTENT_TYPE, exposition
+from ktcompile.runtime.prometheus import CONTENT_TYPE, families
 
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta, EngineStats
     from ktcompile.runtime.metrics import ExpertMetrics
+    from ktcompile.scheduler.batch import Step
 
 __all__ = ["CONTENT_TYPE", "ServerMetrics"]
 
@@ -31,10 +32,20 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 _BATCH = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """Positions [begin, end) of a prompt, and the times between which they were computed."""
+
+    begin: int
+    end: int
+    began: float
+    ended: float
+
+
 @dataclass(slots=True)
 class Timing:
     """A request on its way, with times of time.monotonic. started: when its prompt's first tokens were computed.
-    tokens: of all its answers."""
+    tokens: of all its answers. cached_tokens: of its prompt. chunks: of its prompt, if anybody asks for them."""
 
     prompt_tokens: int
     unfinished: int
@@ -42,7 +53,9 @@ class Timing:
     started: float | None = None
     first: float | None = None
     tokens: int = 0
+    cached_tokens: int = 0
     last: dict[int, float] = field(default_factory=dict)  # by answer: when it had its last token
+    chunks: list[PromptChunk] = field(default_factory=list)
 
 
 class ServerMetrics:
@@ -59,7 +72,7 @@ class ServerMetrics:
         ended: Callable[[str, Timing, str, float], None] | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
-        self._expert_metrics = expert_metrics
+        self.registry.register(_Experts(expert_metrics))
         self._ended = ended
         self._lock = threading.Lock()  # levels are noted by the engine's thread and by who asks for metrics
         self._requests: dict[str, Timing] = {}  # in the order of their arrival
@@ -74,6 +87,8 @@ class ServerMetrics:
         self._preemptions = make(Counter, "num_preemptions", "Times that a sequence gave up its blocks.")
         self._prompt_tokens = make(Counter, "prompt_tokens", "Tokens of prompts that were computed.")
         self._generated = make(Counter, "generation_tokens", "Tokens of answers.")
+        self._cache_queries = make(Counter, "prefix_cache_queries", "Tokens of prompts that began to run.")
+        self._cache_hits = make(Counter, "prefix_cache_hits", "Those of them that were cached.")
         self._rejections = make(Counter, "admission_rejections", "Requests that were refused.", ["reason"])
         self._success = make(Counter, "request_success", "Requests that ended.", ["finished_reason"])
         self._model = model
@@ -92,7 +107,7 @@ class ServerMetrics:
         self._of_answer = make(Histogram, "request_generation_tokens", "Tokens of its answers.", buckets=_TOKENS)
         self._iteration = make(Histogram, "iteration_tokens_total", "Tokens that a step gave.", buckets=_BATCH)
         self._n = make(Histogram, "request_params_n", "Answers that a request asks for.", buckets=(1, 2, 5, 10, 20))
-        self._seen_preemptions = 0
+        self._seen: defaultdict[Any, int] = defaultdict(int)  # totals that were counted
         self._latest_ttft: deque[float] = deque(maxlen=_LATEST)
         self._latest_itl: deque[float] = deque(maxlen=_LATEST)
         self.num_finished = self.num_rejected = 0
@@ -103,8 +118,7 @@ class ServerMetrics:
 
     def text(self) -> bytes:
         """Return all samples, those of experts on a device too, in the text format."""
-        experts = self._expert_metrics()
-        return generate_latest(self.registry) + (exposition(experts).encode() if experts else b"")
+        return generate_latest(self.registry)
 
     def rejected(self, reason: str) -> None:
         """Count a request that was refused."""
@@ -116,9 +130,10 @@ class ServerMetrics:
         self._of_prompt.observe(num_prompt_tokens)
         self._n.observe(params.n)
 
-    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, seconds: float) -> None:
+    def stepped(self, deltas: Sequence[Delta], stats: EngineStats, step: Step | None, seconds: float) -> None:
         now = time.monotonic()
-        self._note_starts(stats.num_waiting, now - seconds)
+        if step is not None:
+            self._note_prompts(step, now - seconds, now)
         self.level(stats)
         tokens = 0
         for delta in deltas:
@@ -126,7 +141,7 @@ class ServerMetrics:
             if request is None:
                 continue
             tokens += len(delta.token_ids)
-            self._take(request, delta, now, now - seconds)
+            self._take(request, delta, now)
             if delta.finish_reason is not None:
                 request.unfinished -= 1
                 if request.unfinished == 0:
@@ -144,32 +159,39 @@ class ServerMetrics:
         self._waiting.set(stats.num_waiting)
         self._kv_usage.set(stats.kv_usage)
         with self._lock:
-            self._preemptions.inc(max(0, stats.num_preemptions - self._seen_preemptions))
-            self._seen_preemptions = max(stats.num_preemptions, self._seen_preemptions)
+            for counter, total in (
+                (self._preemptions, stats.num_preemptions),
+                (self._cache_queries, stats.prefix_cache_queries),
+                (self._cache_hits, stats.prefix_cache_hits),
+            ):
+                counter.inc(max(0, total - self._seen[counter]))
+                self._seen[counter] = max(total, self._seen[counter])
 
-    def _note_starts(self, waiting: int, begin: float) -> None:
-        """Note which requests have begun: all but the youngest, which wait, since the first to come is the first
-        served. One that was preempted waits too, so that another may be noted later than it began."""
-        for request in reversed(self._requests.values()):
-            if request.started is not None:
-                return
-            if waiting > 0:
-                waiting -= request.unfinished
-            else:
-                request.started = begin
+    def _note_prompts(self, step: Step, began: float, ended: float) -> None:
+        """Note of requests that have no token yet what the step computed of their prompts."""
+        for chunk in step.chunks:
+            request = self._requests.get(chunk.request_id.rpartition("/")[0])
+            if request is None or request.first is not None:
+                continue
+            if request.started is None:
+                request.started = began
+            if self._ended is not None:
+                request.chunks.append(PromptChunk(chunk.begin, chunk.end, began, ended))
 
-    def _take(self, request: Timing, delta: Delta, now: float, begin: float) -> None:
+    def _take(self, request: Timing, delta: Delta, now: float) -> None:
         if not delta.token_ids:
             return
         request.tokens += len(delta.token_ids)
         if request.first is None:
+            assert request.started is not None, "a token came before its prompt"
             request.first = now
-            request.started = begin if request.started is None else request.started
             self._ttft.observe(now - request.arrival)
             self._latest_ttft.append(now - request.arrival)
             self._queue.observe(request.started - request.arrival)
             self._prefill.observe(now - request.started)
             self._prompt_tokens.inc(request.prompt_tokens)
+        if delta.index == 0:
+            request.cached_tokens = delta.num_cached_tokens
         if delta.index in request.last:
             self._itl.observe(now - request.last[delta.index])
             self._latest_itl.append(now - request.last[delta.index])
@@ -186,3 +208,18 @@ class ServerMetrics:
         self._of_answer.observe(request.tokens)
         if self._ended is not None:
             self._ended(request_id, request, reason, now)
+
+
+class _Experts:
+    """Collects the metrics of experts on a device when they are asked for."""
+
+    def __init__(self, metrics: Callable[[], ExpertMetrics | None]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._metrics()
+        for name, kind, text, samples in families(found) if found is not None else ():
+            family = Metric(name.removesuffix("_total"), text, kind)
+            for labels, value in samples:
+                family.add_sample(name, labels, value)
+            yield family

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ktcompile.server.reasoning import PARSERS
+from ktcompile.server.usage import Prices
+
+_PRICES = ("prompt_price", "cached_price", "completion_price")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
@@ -15,7 +20,9 @@ class ServerOptions:
     answer that a slow reader may leave. write_timeout: seconds in which it must take something. drain_timeout: seconds
     that requests have to end after SIGTERM. max_connections: at a time. max_logprobs, max_n: what a request may ask
     for. metrics_prefix: of the names of metrics. log_prompts: the log has what is asked. trace: spans of OpenTelemetry
-    are made, for the provider of the process.
+    are made, for the provider of the process. reasoning_parser: of `ktcompile.server.reasoning.PARSERS`. prompt_price,
+    cached_price, completion_price: of a million tokens; with one of them usage and spans have what a request costs,
+    a cached token as much as another of the prompt where it has no price; None: 0.
 
     ValueError: a value is out of its range.
     """
@@ -36,6 +43,10 @@ class ServerOptions:
     metrics_prefix: str = "vllm:"
     log_prompts: bool = False
     trace: bool = False
+    reasoning_parser: str = "auto"
+    prompt_price: float | None = None
+    cached_price: float | None = None
+    completion_price: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:
@@ -47,7 +58,22 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be more than 0 seconds")
+        for name in _PRICES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}; it must be 0 or more")
+        if self.reasoning_parser not in PARSERS:
+            raise ValueError(f"reasoning_parser is {self.reasoning_parser!r}; it must be one of {', '.join(PARSERS)}")
         if self.max_logprobs < 0:
             raise ValueError(f"max_logprobs is {self.max_logprobs}; it must be 0 or more")
         if self.api_key is not None and not self.api_key.strip():
             raise ValueError("api_key is empty; leave it out for a server that asks for none")
+
+    @property
+    def prices(self) -> Prices | None:
+        """What tokens cost; None: nobody asks."""
+        if all(getattr(self, name) is None for name in _PRICES):
+            return None
+        prompt = self.prompt_price or 0.0
+        cached = prompt if self.cached_price is None else self.cached_price
+        return Prices(prompt, cached, self.completion_price or 0.0)

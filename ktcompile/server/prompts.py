@@ -13,6 +13,7 @@ from ktcompile.engine.detokenizer import decode
 from ktcompile.models.tokenizer import token_ids
 from ktcompile.server.errors import ApiError
 from ktcompile.server.protocol import ChatRequest, InputMessage, Message, Part
+from ktcompile.server.reasoning import CLOSE
 
 T = TypeVar("T")
 
@@ -33,6 +34,8 @@ class Prompts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        self.has_think_tags = CLOSE in template or CLOSE in tokenizer.get_added_vocab()
         self._thread = ThreadPoolExecutor(1, "ktcompile-prompts")
 
     def close(self) -> None:

@@ -23,7 +23,10 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
+    """continuous_usage_stats: vLLM's: with include_usage each event has what was used so far."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class StructuredOutputs(Strict):
@@ -39,8 +42,9 @@ class StructuredOutputs(Strict):
 class Sampling(Strict):
     """What all endpoints that generate have in common. The second group are extensions, with vLLM's names.
 
-    timeout: seconds, in which the answer ends or is cut. user, metadata, safety_identifier and prompt_cache_key tell
-    who asks, and change nothing.
+    timeout: seconds, in which the answer ends or is cut. cache_salt: keys and values are shared only with requests of
+    the same one. user, metadata, safety_identifier and prompt_cache_key tell who asks, and change nothing: a prompt is
+    found by its tokens.
     """
 
     model: str
@@ -61,6 +65,7 @@ class Sampling(Strict):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     timeout: float | None = Field(None, gt=0, le=1e6)
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
 
 
 class Generation(Sampling):

@@ -55,8 +55,8 @@ def in_thread(app: FastAPI, bound: socket.socket) -> Iterator[None]:
 
 
 def serve(app: FastAPI, options: ServerOptions, bound: socket.socket, started: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, and end what runs; a second signal ends it at once. started: is called when
-    requests are taken."""
+    """Serve until SIGTERM or Ctrl-C, and let what runs end; a second signal aborts it, and the server ends after the
+    step that is computed. started: is called when requests are taken."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -79,6 +79,7 @@ class _Server(uvicorn.Server):
         self._drain_timeout = drain_timeout
         self._started = started
         self._draining: asyncio.Task[None] | None = None
+        self._hurrying: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -88,8 +89,13 @@ class _Server(uvicorn.Server):
             self._started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining is not None or self._loop is None:
+        if self._loop is None:
             super().handle_exit(sig, frame)
+            return
+        if self._draining is not None:
+            self.config.timeout_graceful_shutdown = 1  # for readers that do not take their last event
+            self._hurrying = self._loop.create_task(self._hurry())
+            self._loop.call_soon_threadsafe(lambda: None)
             return
         self._draining = self._loop.create_task(self._drain())
         self._loop.call_soon_threadsafe(lambda: None)  # the loop may be asleep
@@ -100,4 +106,8 @@ class _Server(uvicorn.Server):
         print(f"ktc: ending {running} requests; once more to stop now", file=sys.stderr, flush=True)
         complete = await self._service.engine.drain(self._drain_timeout)
         logger.info("drained" if complete else "the time to drain is over; the rest was aborted")
+        self.should_exit = True
+
+    async def _hurry(self) -> None:
+        await self._service.engine.drain(0)
         self.should_exit = True

@@ -27,8 +27,10 @@ from ktcompile.server.errors import ApiError, of_exception
 from ktcompile.server.metrics import ServerMetrics
 from ktcompile.server.options import ServerOptions
 from ktcompile.server.prompts import Prompts
+from ktcompile.server.reasoning import ReasoningParser, parser_for
 from ktcompile.server.sse import while_connected
-from ktcompile.server.status import Latency, Status
+from ktcompile.server.status import Latency, ModelFacts, Status
+from ktcompile.server.usage import Usage
 
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta
@@ -52,10 +54,13 @@ _FAILED: dict[str, tuple[int, str, str]] = {
 
 @dataclass(slots=True)
 class Answer:
-    """One answer, whole."""
+    """One answer, whole. cached: tokens of the prompt that were not computed. pieces: text and number of tokens of what
+    came at a time."""
 
     index: int
-    pieces: list[str] = field(default_factory=list)
+    request_id: str = ""
+    cached: int = 0
+    pieces: list[tuple[str, int]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -63,14 +68,29 @@ class Answer:
 
     @property
     def text(self) -> str:
-        return "".join(self.pieces)
+        return "".join(text for text, _ in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What an endpoint asks of the engine, for a client's request. text: the prompt's, where it has one. timeout:
+    seconds that the client gives. cache_salt: of those with whom keys and values are shared; None: with all who have
+    none. tool_call_ids: calls whose results the prompt has."""
+
+    request: Request
+    ids: Sequence[int]
+    params: SamplingParams
+    text: str | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
+    tool_call_ids: tuple[str, ...] = ()
 
 
 class Service:
     """Answers prompts for the endpoints.
 
     expert_metrics: where experts are, if any are on a device. defaults: of sampling parameters that a request leaves
-    out, by name; the model's own. expert_counts: tokens that each expert of each layer was given.
+    out, by name; the model's own. facts: of the model, for the status page.
     """
 
     def __init__(
@@ -80,19 +100,19 @@ class Service:
         *,
         defaults: dict[str, Any] | None = None,
         expert_metrics: Callable[[], ExpertMetrics | None] = lambda: None,
-        expert_counts: Callable[[], Sequence[Sequence[int]]] = tuple,
+        facts: Callable[[], ModelFacts] = ModelFacts,
     ) -> None:
         self.options = options
         self.name = options.served_model_name or served_name(engine.model_name)
         self.created = int(time.time())
         self._began = time.monotonic()
-        self._expert_counts = expert_counts
+        self._facts = facts
         self.defaults = defaults or {}
         self._tracing: Tracing | None = None
         if options.trace:
             from ktcompile.server.tracing import Tracing
 
-            self._tracing = Tracing(self.name)
+            self._tracing = Tracing(self.name, options.prices)
         ended = None if self._tracing is None else self._tracing.ended
         self.metrics = ServerMetrics(self.name, options.metrics_prefix, expert_metrics, ended)
         self.prompts = Prompts(engine.tokenizer)
@@ -102,7 +122,7 @@ class Service:
 
     def status(self) -> Status:
         """Return what the page at / shows."""
-        stats, metrics = self.engine.stats, self.metrics
+        stats, metrics, facts = self.engine.stats, self.metrics, self._facts()
         ttft, itl = metrics.latencies()
         return Status(
             model=self.name,
@@ -110,6 +130,7 @@ class Service:
             state=_STATES[self.engine.health],
             isa=machine().isa,
             threads=native_threads().count,
+            weight_format=facts.weight_format,
             uptime_seconds=time.monotonic() - self._began,
             requests_running=stats.num_running,
             requests_waiting=stats.num_waiting,
@@ -120,10 +141,11 @@ class Service:
             generation_tokens=stats.generated_tokens,
             kv_usage=stats.kv_usage,
             kv_blocks=stats.num_blocks,
+            block_size=facts.block_size,
             max_model_len=self.max_model_len,
             ttft=Latency.of(ttft),
             itl=Latency.of(itl),
-            expert_counts=self._expert_counts() or None,
+            expert_counts=facts.expert_counts or None,
         )
 
     async def close(self) -> None:
@@ -137,31 +159,42 @@ class Service:
                 404, f"there is no model {name!r}; this server has {self.name!r}", param="model", code="model_not_found"
             )
 
-    async def open(
-        self, request: Request, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
-    ) -> Deltas:
+    async def open(self, ask: Ask) -> Deltas:
         """Return what comes of a prompt, once the first of it is there. ApiError: nothing does. ClientLeft."""
-        name, stream = await self._begin(request, prompt, ids, params, timeout)
+        name, stream = await self._begin(ask)
         with self._traced(name), api_errors():
-            first = await while_connected(request, anext(stream))
+            first = await while_connected(ask.request, anext(stream))
         for delta in first:
             if delta.finish_reason in _FAILED and not delta.text:
                 await stream.aclose()
                 raise _failure(delta.finish_reason)
         return _with_first(first, stream)
 
-    async def answer(
-        self, request: Request, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
-    ) -> list[Answer]:
+    async def answer(self, ask: Ask) -> list[Answer]:
         """Return all answers to a prompt, whole. ApiError: there are none. ClientLeft."""
-        name, stream = await self._begin(request, prompt, ids, params, timeout)
+        name, stream = await self._begin(ask)
         with self._traced(name), api_errors():
-            return await while_connected(request, _collect(stream, params.n))
+            return await while_connected(ask.request, _collect(stream, ask.params.n))
 
-    async def _begin(
-        self, request: Request, prompt: str | None, ids: Sequence[int], params: SamplingParams, timeout: float | None
-    ) -> tuple[str, Deltas]:
+    def usage(self, prompt_tokens: int) -> Usage:
+        """Return the record of what a request uses, as it begins."""
+        return Usage(prompt_tokens, prices=self.options.prices)
+
+    def reasoning(self, prompt: str, params: SamplingParams) -> ReasoningParser | None:
+        """Return what tells thought from content in an answer to a chat's prompt; where its form is given, as JSON, it
+        is all content."""
+        if params.structured_outputs is not None:
+            return None
+        return parser_for(self.options.reasoning_parser, prompt, has_tags=self.prompts.has_think_tags)
+
+    def called(self, request_id: str, call_ids: Sequence[str]) -> None:
+        """Note which calls an answer of a request asks for; who brings their results is linked to it."""
+        if self._tracing is not None:
+            self._tracing.called(request_id, call_ids)
+
+    async def _begin(self, ask: Ask) -> tuple[str, Deltas]:
         """Return the engine's name of a request, and what comes of it once it is read."""
+        ids, params = ask.ids, ask.params
         if not ids:
             raise ApiError(400, "the prompt has no tokens", code="invalid_value")
         asked = len(ids) + (params.max_tokens or 1)
@@ -178,13 +211,15 @@ class Service:
             with api_errors():
                 await self.prompts.run(lambda: Grammar(structured, tokenizer))
         if self.options.log_prompts:
-            logger.info("prompt %r", prompt if prompt is not None else list(ids))
-        limits = [limit for limit in (timeout, self.options.request_timeout) if limit is not None]
+            logger.info("prompt %r", ask.text if ask.text is not None else list(ids))
+        limits = [limit for limit in (ask.timeout, self.options.request_timeout) if limit is not None]
         deadline = time.monotonic() + min(limits) if limits else None
         name = uuid.uuid4().hex
         if self._tracing is not None:
-            self._tracing.begin(name, request.url.path, request.headers, params, len(ids))
-        return name, self.engine.generate(name, ids, params, prompt=prompt, deadline=deadline)
+            self._tracing.begin(name, ask)
+        return name, self.engine.generate(
+            name, ids, params, prompt=ask.text, deadline=deadline, cache_salt=ask.cache_salt or ""
+        )
 
     @contextlib.contextmanager
     def _traced(self, name: str) -> Iterator[None]:
@@ -216,17 +251,6 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    """Return OpenAI's record of tokens. No prompt is cached yet, and no reasoning is told apart."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
-
-
 async def gather_or_cancel(works: Sequence[Any]) -> list[Any]:
     """Return what all of some coroutines give; where one fails the others are cancelled."""
     tasks = [asyncio.ensure_future(work) for work in works]
@@ -244,7 +268,8 @@ async def _collect(stream: Deltas, n: int) -> list[Answer]:
         async for deltas in stream:
             for delta in deltas:
                 answer = answers[delta.index]
-                answer.pieces.append(delta.text)
+                answer.request_id, answer.cached = delta.request_id, delta.num_cached_tokens
+                answer.pieces.append((delta.text, len(delta.token_ids)))
                 answer.token_ids += delta.token_ids
                 answer.logprobs += delta.logprobs or []
                 if delta.finish_reason is not None:

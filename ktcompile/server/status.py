@@ -29,6 +29,15 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model. Fields: as of `Status`."""
+
+    weight_format: str | None = None
+    block_size: int | None = None
+    expert_counts: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """A server now.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ktcompile.server.errors import ApiError
 from ktcompile.server.protocol import ChatRequest, NamedTool, Tool
+from ktcompile.server.tags import overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*')
@@ -101,7 +102,7 @@ class ToolParser:
 
     def _text(self) -> Iterator[str | CallDelta]:
         place = self._held.find(OPEN)
-        sure = place if place >= 0 else len(self._held) - _overlap(self._held, OPEN)
+        sure = place if place >= 0 else len(self._held) - overlap(self._held, OPEN)
         text = self._held[:sure].rstrip()  # blanks wait for what follows: before a call they are nothing
         if place >= 0:
             self._blanks, self._held = self._held[len(text) : place], self._held[place + len(OPEN) :]
@@ -189,11 +190,6 @@ class _JsonValue:
                     self.ended = True
                     return place + 1
         return len(text)
-
-
-def _overlap(text: str, word: str) -> int:
-    """Return how many characters at the end of `text` are the first of `word`."""
-    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if word.startswith(text[-n:])), 0)
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:

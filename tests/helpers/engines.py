@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "max_num_batched_tokens": 256,
     "block_size": 8,
     "chunk_size": 16,
-    "kv_cache_memory": 1 << 24,
+    "kv_device_memory": 1 << 24,
 }
 _FEW_POSITIONS = {"max_position_embeddings": 256}
 

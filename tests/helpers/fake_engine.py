@@ -11,6 +11,7 @@ from typing import Any
 from ktcompile.engine.engine import Delta, EngineStats
 from ktcompile.engine.outputs import FinishReason, Logprob
 from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.scheduler.batch import Chunk, Step
 from ktcompile.scheduler.request import QueueFullError
 
 
@@ -24,7 +25,8 @@ class FakeRequest:
 
 @dataclass
 class FakeEngine:
-    """Serves `width` requests at a time and lets `queue` wait. before_step: is called in each, and may raise."""
+    """Serves `width` requests at a time and lets `queue` wait. before_step: is called in each, and may raise. script:
+    the texts of the tokens of each answer, which stops behind them; None: texts follow from the tokens."""
 
     tokenizer: Any = None
     model_name: str = "fake"
@@ -33,10 +35,12 @@ class FakeEngine:
     width: int = 4
     queue: int = 1_000_000
     before_step: Callable[[], None] = lambda: None
+    script: Sequence[str] | None = None
     requests: dict[str, FakeRequest] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     steps: int = 0
     closed: bool = False
+    last_step: Step | None = None
 
     @property
     def has_requests(self) -> bool:
@@ -50,6 +54,7 @@ class FakeEngine:
         *,
         prompt: str | None = None,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> None:
         if len(self.requests) >= self.width + self.queue:
             raise QueueFullError("too much waits", retry_after=3)
@@ -65,18 +70,24 @@ class FakeEngine:
     def step(self) -> list[Delta]:
         self.steps += 1
         self.before_step()
-        deltas = []
+        deltas, chunks = [], []
         for name, request in list(self.requests.items())[: self.width]:
+            place = len(request.prompt) + request.sent
+            begin = 0 if request.sent == 0 else place - 1
+            chunks.append(Chunk(f"{name}/0", (0,) * (place - begin), begin, (), place - 1, True))
             token = fake_token(request.prompt, request.sent)
             request.sent += 1
             late = request.deadline is not None and time.monotonic() >= request.deadline
-            done = late or request.sent == (request.params.max_tokens or 16)
-            reason: FinishReason | None = ("timeout" if late else "length") if done else None
+            stops = self.script is not None and request.sent == len(self.script)
+            done = late or stops or request.sent == (request.params.max_tokens or 16)
+            reason: FinishReason | None = ("timeout" if late else "stop" if stops else "length") if done else None
+            text = f"{token} " if self.script is None else self.script[request.sent - 1]
             logprobs = None if request.params.logprobs is None else [{token: Logprob(-1.0, 1, f"{token} ")}]
             for index in range(request.params.n):
-                deltas.append(Delta(name, index, f"{token} ", (token,), logprobs, reason, None, len(request.prompt)))
+                deltas.append(Delta(name, index, text, (token,), logprobs, reason, None, len(request.prompt)))
             if done:
                 del self.requests[name]
+        self.last_step = Step(tuple(chunks), ())
         return deltas
 
     def tier_counters(self) -> dict[str, int]:

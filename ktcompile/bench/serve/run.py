@@ -12,7 +12,7 @@ from typing import Any
 from ktcompile.bench.listener import Listener
 from ktcompile.bench.serve import load, probe
 from ktcompile.bench.serve import soak as soaking
-from ktcompile.bench.serve.arrivals import ClosedLoop
+from ktcompile.bench.serve.arrivals import ClosedLoop, OpenLoop
 from ktcompile.bench.serve.dialect import Api
 from ktcompile.bench.serve.outcome import OK, Outcome
 from ktcompile.bench.serve.probe import Target
@@ -202,7 +202,8 @@ def soak(
     listener: Listener,
     start: Callable[[Contender, int], Server],
 ) -> SoakReport:
-    """Measure what the first server can do, then send twice as much for some seconds, and return what came of it.
+    """Send a server too much for some seconds, and return what came of it: as many requests as the workload's open loop
+    says, or twice of what it is found to do in its closed loop.
 
     ValueError: it cannot be used, or no request ended well.
     """
@@ -210,19 +211,17 @@ def soak(
     outcomes: list[Outcome] = []
     try:
         with serving(contender, benchmark, listener, start) as found:
-            begun = _Begun(contender, found)
-            _measure(benchmark, begun, listener, outcomes)
-            wanted = {r.index: r.output_tokens for r in benchmark.workload.requests}
-            capacity = summarise(outcomes, wanted, {}).request_rate
-            if not capacity:
-                raise ValueError(
-                    f"no request to {contender.name} ended well: {outcomes[0].status} {outcomes[0].detail}"
-                )
+            capacity, arrivals = None, benchmark.workload.arrivals
+            if isinstance(arrivals, OpenLoop):
+                rate = arrivals.rate
+            else:
+                capacity = _capacity(benchmark, _Begun(contender, found), listener, outcomes)
+                rate = _OVERLOAD * capacity
             soaked = asyncio.run(
                 soaking.soak(
                     found.target,
                     benchmark.workload,
-                    rate=_OVERLOAD * capacity,
+                    rate=rate,
                     seconds=seconds,
                     timeout=benchmark.timeout,
                     api_key=benchmark.api_key,
@@ -234,6 +233,15 @@ def soak(
         raise ValueError(f"{contender.name}: {error}") from error
     t = found.target
     return SoakReport(machine, benchmark.method(), contender.name, t.model, str(t.dialect), capacity, soaked)
+
+
+def _capacity(benchmark: ServeBenchmark, begun: _Begun, listener: Listener, outcomes: list[Outcome]) -> float:
+    """Return the requests per second that end well in a closed loop. ValueError: none does."""
+    _measure(benchmark, begun, listener, outcomes)
+    capacity = summarise(outcomes, {r.index: r.output_tokens for r in benchmark.workload.requests}, {}).request_rate
+    if not capacity:
+        raise ValueError(f"no request to {begun.name} ended well: {outcomes[0].status} {outcomes[0].detail}")
+    return capacity
 
 
 def _measure(benchmark: ServeBenchmark, begun: _Begun, listener: Listener, outcomes: list[Outcome]) -> None:

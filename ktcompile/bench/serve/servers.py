@@ -46,8 +46,7 @@ def _kt(model: Path, port: int) -> list[str]:
 
 
 def _vllm(model: Path, port: int) -> list[str]:
-    served = ["--model", str(model), "--host", _LOOPBACK, "--port", str(port), "--no-enable-prefix-caching"]
-    return ["-m", "vllm.entrypoints.openai.api_server", *served]
+    return ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", _LOOPBACK, "--port", str(port)]
 
 
 def _transformers(model: Path, port: int) -> list[str]:
@@ -59,7 +58,7 @@ KINDS = {
     "kt": Kind("ktcompile", "ktc serve", _kt, lambda threads: {"KTCOMPILE_NUM_THREADS": str(threads)}),
     "vllm": Kind(
         "vllm",
-        "vLLM's server, without its prefix cache",
+        "vLLM's server",
         _vllm,
         lambda threads: {
             "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB),

@@ -32,14 +32,15 @@ class Thirds:
 
 @dataclass(frozen=True, slots=True)
 class SoakReport:
-    """A soak of one server. capacity: requests per second that ended well in a closed loop, before."""
+    """A soak of one server. capacity: requests per second that ended well in a closed loop, before;
+    None: the rate was given."""
 
     machine: dict[str, Any]
     method: dict[str, Any]
     name: str
     model: str
     dialect: str
-    capacity: float
+    capacity: float | None
     soaked: Soaked
 
     def statuses(self) -> dict[str, dict[str, int]]:
