@@ -23,8 +23,8 @@ from ktcompile.engine.options import EngineOptions
 # Of the device's bytes, those of the host where only a disk is asked for.
 _HOST_SHARE = 4
 _DISK_SIZE = 16 << 30
-# Jobs that may wait. Loads come in with their requests; stores are bounded by who asks for them too.
-_LOADS, _STORES = 4096, 256
+# Jobs that may wait. Who asks for stores bounds them too (`scheduler.behind`).
+_LOADS, _STORES = 4096, 512
 _SECRET = "secret"
 
 

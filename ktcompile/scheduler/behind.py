@@ -12,9 +12,8 @@ from ktcompile.cache.tiers import Tiers
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.scheduler.request import Request
 
-# Of all blocks of the pool, those that may wait to be copied: nobody else may have them for the time.
-_SHARE_KEPT = 4
-_MOST_KEPT = 32
+# Blocks that wait to be copied at a time: those of the longest steps.
+_MOST_KEPT = 256
 
 
 @dataclass(slots=True)
@@ -35,7 +34,6 @@ class Behind:
 
     def __init__(self, tiers: Tiers, pool: BlockPool, rates: Rates, block_size: int) -> None:
         self._tiers, self._pool, self._rates, self._size = tiers, pool, rates, block_size
-        self._most_kept = min(_MOST_KEPT, max(1, pool.num_blocks // _SHARE_KEPT))
         self._reading: set[int] = set()
 
     def find(self, request: Request, first: int, recompute: Recompute | None) -> int:
@@ -79,7 +77,7 @@ class Behind:
 
     def keep(self, request: Request) -> None:
         """Have blocks of a request kept that have names, as many as may be read at a time; the rest when asked next."""
-        while request.num_kept < request.num_named and len(self._reading) < self._most_kept:
+        while request.num_kept < request.num_named and len(self._reading) < _MOST_KEPT:
             number = request.num_kept
             block, name = request.block_table[number], request.block_names[number]
             known = self._pool.name_of(block) == name  # or another block has the content, and is kept for it
