@@ -62,6 +62,7 @@ class ServerMetrics:
     """An observer of the engine with a registry of its own.
 
     prefix: of all names, vLLM's as they are: "vllm:". ended: is told of each request that ended, why and when.
+    tier_counters: what happened in the tiers of the prefix cache, by name.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class ServerMetrics:
         prefix: str,
         expert_metrics: Callable[[], ExpertMetrics | None],
         ended: Callable[[str, Timing, str, float], None] | None = None,
+        tier_counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Experts(expert_metrics))
+        self.registry.register(_Tiers(tier_counters, model, prefix))
         self._ended = ended
         self._lock = threading.Lock()  # levels are noted by the engine's thread and by who asks for metrics
         self._requests: dict[str, Timing] = {}  # in the order of their arrival
@@ -222,4 +225,18 @@ class _Experts:
             family = Metric(name.removesuffix("_total"), text, kind)
             for labels, value in samples:
                 family.add_sample(name, labels, value)
+            yield family
+
+
+class _Tiers:
+    """Collects what happened in the tiers behind the device when it is asked for: hits, moves, failures."""
+
+    def __init__(self, counters: Callable[[], dict[str, int]], model: str, prefix: str) -> None:
+        self._counters, self._model, self._prefix = counters, model, prefix
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._counters().items():
+            text = f"{name.replace('_', ' ')} of the prefix cache behind the device, in blocks unless it names a unit."
+            family = Metric(f"{self._prefix}kv_tier_{name}", text, "counter")
+            family.add_sample(f"{self._prefix}kv_tier_{name}_total", {"model_name": self._model}, value)
             yield family

@@ -114,7 +114,7 @@ class Service:
 
             self._tracing = Tracing(self.name, options.prices)
         ended = None if self._tracing is None else self._tracing.ended
-        self.metrics = ServerMetrics(self.name, options.metrics_prefix, expert_metrics, ended)
+        self.metrics = ServerMetrics(self.name, options.metrics_prefix, expert_metrics, ended, engine.tier_counters)
         self.prompts = Prompts(engine.tokenizer)
         self.engine = AsyncEngine(engine, max_unread=options.max_unread, observer=self.metrics)
         self.max_model_len = engine.max_model_len
