@@ -35,6 +35,7 @@ _HELP = {
     "log_prompts": "write prompts to the log",
     "trace": "send spans to OTEL_EXPORTER_OTLP_ENDPOINT (extra otel)",
     "reasoning_parser": "of what a model thinks: auto, none, deepseek_r1 or qwen3",
+    "cache_receipts": "usage of chats says which tier of the prefix cache gave what, and the seconds that saved",
     "prompt_price": "of a million tokens of prompts; usage then says what a request costs",
     "cached_price": "likewise of those that were cached (default: as --prompt-price)",
     "completion_price": "likewise of answers",

@@ -47,6 +47,7 @@ async def respond(body: ChatRequest, request: Request, service: Service) -> Resp
     choices = [_choice(answer, reader, params) for answer, reader in zip(answers, readers, strict=True)]
     service.called(answers[0].request_id, [name for reader in readers for name in reader.call_ids])
     usage.cached = answers[0].cached
+    usage.receipt = answers[0].receipt if service.options.cache_receipts else None
     usage.completion = sum(len(answer.token_ids) for answer in answers)
     usage.reasoning = sum(reader.reasoning_tokens for reader in readers)
     return json_response({**head, "object": "chat.completion", "choices": choices, "usage": usage.for_chat()})
@@ -90,7 +91,9 @@ async def _events(
                     request_id, reader, ended = delta.request_id, readers[delta.index], delta.finish_reason is not None
                     parts = [*reader.add(delta.text, len(delta.token_ids)), *(reader.end() if ended else ())]
                     usage.completion += len(delta.token_ids)
-                    usage.cached = delta.num_cached_tokens if delta.index == 0 else usage.cached
+                    if delta.index == 0:
+                        usage.cached = delta.num_cached_tokens
+                        usage.receipt = delta.receipt if service.options.cache_receipts else None
                     usage.reasoning = sum(reader.reasoning_tokens for reader in readers)
                     logprobs = {}
                     if params.logprobs is not None and delta.token_ids:

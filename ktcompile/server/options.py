@@ -20,8 +20,10 @@ class ServerOptions:
     answer that a slow reader may leave. write_timeout: seconds in which it must take something. drain_timeout: seconds
     that requests have to end after SIGTERM. max_connections: at a time. max_logprobs, max_n: what a request may ask
     for. metrics_prefix: of the names of metrics. log_prompts: the log has what is asked. trace: spans of OpenTelemetry
-    are made, for the provider of the process. reasoning_parser: of `ktcompile.server.reasoning.PARSERS`. prompt_price,
-    cached_price, completion_price: of a million tokens; with one of them usage and spans have what a request costs,
+    are made, for the provider of the process. reasoning_parser: of `ktcompile.server.reasoning.PARSERS`.
+    cache_receipts: usage of chats says from which tier the prompt's keys and values came, and what that saved.
+    prompt_price, cached_price, completion_price: of a million tokens; with one of them usage and spans have what a
+    request costs,
     a cached token as much as another of the prompt where it has no price; None: 0.
 
     ValueError: a value is out of its range.
@@ -44,6 +46,7 @@ class ServerOptions:
     log_prompts: bool = False
     trace: bool = False
     reasoning_parser: str = "auto"
+    cache_receipts: bool = False
     prompt_price: float | None = None
     cached_price: float | None = None
     completion_price: float | None = None

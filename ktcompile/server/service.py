@@ -33,6 +33,7 @@ from ktcompile.server.status import Latency, ModelFacts, Status
 from ktcompile.server.usage import Usage
 
 if TYPE_CHECKING:
+    from ktcompile.engine.receipt import Receipt
     from ktcompile.engine.engine import Delta
     from ktcompile.runtime.metrics import ExpertMetrics
     from ktcompile.server.tracing import Tracing
@@ -54,12 +55,13 @@ _FAILED: dict[str, tuple[int, str, str]] = {
 
 @dataclass(slots=True)
 class Answer:
-    """One answer, whole. cached: tokens of the prompt that were not computed. pieces: text and number of tokens of what
+    """One answer, whole. cached: tokens of the prompt that were not computed. receipt: of these. pieces: text and number of tokens of what
     came at a time."""
 
     index: int
     request_id: str = ""
     cached: int = 0
+    receipt: Receipt | None = None
     pieces: list[tuple[str, int]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
@@ -269,6 +271,7 @@ async def _collect(stream: Deltas, n: int) -> list[Answer]:
             for delta in deltas:
                 answer = answers[delta.index]
                 answer.request_id, answer.cached = delta.request_id, delta.num_cached_tokens
+                answer.receipt = delta.receipt
                 answer.pieces.append((delta.text, len(delta.token_ids)))
                 answer.token_ids += delta.token_ids
                 answer.logprobs += delta.logprobs or []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ktcompile.engine.receipt import Receipt
     from ktcompile.server.protocol import StreamOptions
 
 _MILLION = 1_000_000
@@ -29,13 +30,15 @@ class Prices:
 @dataclass(slots=True)
 class Usage:
     """Tokens of a request so far. cached: those of its prompts that were not computed. reasoning: those of its answers
-    that are no content. prices: None where nobody asks what it costs."""
+    that are no content. prices: None where nobody asks what it costs. receipt: where the prompt's keys and values came
+    from; None where nobody asks."""
 
     prompt: int
     completion: int = 0
     cached: int = 0
     reasoning: int = 0
     prices: Prices | None = None
+    receipt: Receipt | None = None
 
     def for_chat(self) -> dict[str, Any]:
         """Return the record of chats and completions."""
@@ -46,6 +49,7 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.cached},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning},
             **self._cost(),
+            **({} if self.receipt is None else {"cache_receipt": asdict(self.receipt)}),
         }
 
     def for_event(self, options: StreamOptions) -> dict[str, Any]:
