@@ -72,6 +72,12 @@ def smoothed(before: float | None, newest: float) -> float:
     return newest if before is None else before + _WEIGHT_OF_NEWEST * (newest - before)
 
 
+def decayed(before: tuple[float, float], newest: tuple[float, float]) -> tuple[float, float]:
+    """Return sums of which older parts count less; their ratio is an average in which large parts count more."""
+    kept = 1 - _WEIGHT_OF_NEWEST
+    return before[0] * kept + newest[0], before[1] * kept + newest[1]
+
+
 def until(seconds: float) -> float:
     """Return a time that a client may be told to wait, from 1 to 60 s."""
     return min(60.0, max(1.0, seconds))

@@ -22,7 +22,7 @@ from ktcompile.kv.block_pool import BlockPool
 from ktcompile.kv.layout import blocks_for
 from ktcompile.scheduler.batch import Chunk, Start, Step
 from ktcompile.scheduler.behind import Behind
-from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end, seconds_until, smoothed, until
+from ktcompile.scheduler.policy import SchedulerOptions, decayed, may_start, prefill_end, seconds_until, smoothed, until
 from ktcompile.scheduler.prefixes import Prefixes
 from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
 
@@ -51,6 +51,7 @@ class Scheduler:
         # Requests that ended during a step, whose blocks it may still write to.
         self._leaving: list[Request] = []
         self._prompt_rate: float | None = None  # tokens per second
+        self._prefilled = (0.0, 0.0)  # tokens and seconds of steps with prompts, older ones counting less
         # Seconds from one request's start to the next one's while others wait, and the step of the last that left some.
         self._start_gap: float | None = None
         self._started_full: float | None = None
@@ -69,7 +70,8 @@ class Scheduler:
     @property
     def recompute(self) -> Recompute | None:
         """How long tokens of prompts take, as measured; None: nothing was."""
-        return None if self._prompt_rate is None else Recompute(1 / self._prompt_rate)
+        tokens, seconds = self._prefilled
+        return Recompute(seconds / tokens) if tokens else None
 
     @property
     def num_queued_tokens(self) -> int:
@@ -387,6 +389,7 @@ class Scheduler:
         seconds = self._clock() - self._step_begin
         if seconds > 0 and step.num_tokens > len(step.chunks):
             self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
+            self._prefilled = decayed(self._prefilled, (step.num_tokens, seconds))
 
 
 def _chunk(request: Request, end: int) -> Chunk:

@@ -33,8 +33,8 @@ from ktcompile.server.status import Latency, ModelFacts, Status
 from ktcompile.server.usage import Usage
 
 if TYPE_CHECKING:
-    from ktcompile.engine.receipt import Receipt
     from ktcompile.engine.engine import Delta
+    from ktcompile.engine.receipt import Receipt
     from ktcompile.runtime.metrics import ExpertMetrics
     from ktcompile.server.tracing import Tracing
 
@@ -55,8 +55,8 @@ _FAILED: dict[str, tuple[int, str, str]] = {
 
 @dataclass(slots=True)
 class Answer:
-    """One answer, whole. cached: tokens of the prompt that were not computed. receipt: of these. pieces: text and number of tokens of what
-    came at a time."""
+    """One answer, whole. cached: tokens of the prompt that were not computed. receipt: of these. pieces: text and
+    number of tokens of what came at a time."""
 
     index: int
     request_id: str = ""
