@@ -159,6 +159,7 @@ def _experts_registered() -> bool:
     from ktcompile.models.hf_experts import NAME
 
     try:
+        import transformers.modeling_utils  # noqa: F401  (it has what is registered)
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
         return False
