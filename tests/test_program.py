@@ -246,7 +246,7 @@ def test_gradients_go_through_torch() -> None:
 def test_who_observes_experts_sees_them() -> None:
     from test_backend import ids, make_model
 
-    model, seen = make_model(), []
+    model, seen = make_model(num_hidden_layers=2), []
     compiled = torch.compile(model, backend="kt", options={"inner": "program"})
     with torch.no_grad():
         alone = compiled(ids(6), use_cache=False).logits
