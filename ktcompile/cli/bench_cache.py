@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktcompile.cli.bench_session import check_outputs
+from ktcompile.cli.bench_session import check_outputs, write_record
 from ktcompile.cli.progress import tenths
 from ktcompile.cli.sizes import size
 
@@ -184,11 +184,7 @@ def _print(results: Sequence[Result]) -> None:
 
 def _save(args: argparse.Namespace, report: dict[str, Any], results: Sequence[Result]) -> None:
     if args.out:
-        from ktcompile.plan.profile import write_whole
-
-        text = json.dumps(report, indent=1) + "\n"
-        write_whole(args.out, lambda file: file.write(text.encode()))
-        print(f"wrote {args.out}", file=sys.stderr)
+        write_record(report, args.out)
     if args.plot:
         from ktcompile.bench.cache import plot
 

@@ -82,6 +82,15 @@ def write(report: Report, out: Path | None) -> None:
         unfinished.replace(out)
 
 
+def write_record(record: dict[str, Any], out: Path) -> None:
+    """Write a record as JSON, so that the file is always whole, and say so on stderr."""
+    from ktcompile.plan.profile import write_whole
+
+    text = json.dumps(record, indent=1) + "\n"
+    write_whole(out, lambda file: file.write(text.encode()))
+    print(f"wrote {out}", file=sys.stderr)
+
+
 def pairs(values: list[str], option: str, form: str) -> dict[str, str]:
     """Return what an option with values NAME=VALUE was given. ValueError: one has another form."""
     for value in values:

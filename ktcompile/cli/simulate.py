@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktcompile.cli.bench_session import check_outputs
+from ktcompile.cli.bench_session import check_outputs, write_record
 from ktcompile.cli.progress import tenths
 
 if TYPE_CHECKING:
@@ -193,11 +193,7 @@ def _print(report: dict[str, Any]) -> None:
 
 def _save(args: argparse.Namespace, report: dict[str, Any], results: Sequence[Result]) -> None:
     if args.out:
-        from ktcompile.plan.profile import write_whole
-
-        text = json.dumps(report, indent=1) + "\n"
-        write_whole(args.out, lambda file: file.write(text.encode()))
-        print(f"wrote {args.out}", file=sys.stderr)
+        write_record(report, args.out)
     if args.plot:
         from ktcompile.bench import simulation_plot
 
