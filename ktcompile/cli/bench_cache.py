@@ -1,4 +1,4 @@
-"""`ktc bench cache`: policies of the prefix cache on traces, by replay without a model."""
+"""`ktc bench cache`: policies of the prefix cache on traces, by replay without a model; or engines that run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktcompile.cli import bench_engines
 from ktcompile.cli.bench_session import check_outputs, write_record
 from ktcompile.cli.progress import tenths
 from ktcompile.cli.sizes import size
@@ -24,11 +25,23 @@ examples:
   ktc bench cache --traffic chat agents --requests 10000 --seed 3 --capacities 10 25 50
   ktc bench cache --trace conversation_trace.jsonl --policies value lru --json > cache.json
   ktc bench cache --traffic documents --tiers 5 20 60 --plot tiers.png
+  ktc bench cache --engines default
+  ktc bench cache --engines kt kt:tiers kt:off vllm --peer-python vllm=PYTHON --model MODEL --traffic chat documents
+  ktc bench cache --engines kt:off kt:tiers --model MODEL --traffic nothing --requests 20 --out loss.json
+  ktc bench cache --engines kt kt:off --trace conversation_trace.jsonl --requests 30 --scale 0.03 --plot engines.png
+  ktc bench cache --replot loss.json --plot loss.png
 
 A trace is of Mooncake's format or was recorded by this package; traffic is made of a seed. Capacities are shares of the
 bytes of all distinct blocks of a trace. 'belady' is the most that any policy could find, since it knows the future.
 'saved' is the share of the seconds of computing prompts, less those of loading, by the rates given: no model runs.
 Policies start empty and know nothing of what comes.
+
+With --engines a model runs: kt caches on the device alone, kt:tiers on device, host and disk, kt:off not at all, vllm
+as it does by itself. All have the same memory for keys and values, in blocks of 64 tokens. Prompts come one after the
+other, each to every engine in turn, the others stopped; random tokens stand for texts, answers have one token, and what
+an earlier answer said is in the next prompt of its chat. 'prefill' is the time to first tokens, 'wall' until nothing is
+left to do, 'CPU' of all cores. Ratios are over the engine that is named first, 'paired' the median of the prompts' own.
+Where nothing is shared, those of kt:tiers over kt:off are what caching costs. The exit status is 1 if kt was left out.
 """
 _CAPACITIES = (10.0, 20.0, 40.0, 60.0, 80.0)
 _REQUESTS = 4000
@@ -38,8 +51,9 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add `cache` to `ktc bench`."""
     cache = what.add_parser(
         "cache",
-        help="policies of the prefix cache on traces, beside the best that knows the future",
-        description="Replay traces of prompts through tiers of the prefix cache: tokens found, and seconds saved.",
+        help="the prefix cache on traces: its policies beside the best that knows the future; engines, beside vLLM",
+        description="Replay traces of prompts through tiers of the prefix cache: tokens found, and seconds saved. "
+        "Without a model, or by --engines through engines that run; Ctrl-C then keeps what was measured.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,7 +67,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="KIND",
         help="made of a seed; 'list' shows kinds (default: all, without --trace)",
     )
-    add("--requests", type=int, metavar="N", help="of each traffic (default: 4000), or the first of a trace")
+    add("--requests", type=int, metavar="N", help="of each traffic (default: 4000, or 24), or the first of a trace")
     add("--seed", type=int, metavar="N", default=0, help="of traffic (default: 0)")
     add("--policies", nargs="+", metavar="NAME", help="'list' shows them (default: all)")
     sizes = cache.add_mutually_exclusive_group()
@@ -74,6 +88,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add("--json", action="store_true", help="print one JSON object instead of tables")
     add("--out", type=Path, metavar="FILE.json", help="write the results")
     add("--plot", type=Path, metavar="OUT.png", help="draw tokens found by capacity; needs matplotlib")
+    bench_engines.add_options(cache)
     cache.set_defaults(run=run_cache)
 
 
@@ -85,10 +100,13 @@ def run_cache(args: argparse.Namespace) -> int:
     if args.traffic == ["list"] or args.policies == ["list"]:
         print("\n".join(synthetic.KINDS if args.traffic == ["list"] else policies.NAMES))
         return 0
+    check_outputs(args.out, args.plot)
+    if args.engines or args.replot:
+        return bench_engines.run_engines(args)
+    bench_engines.check_unused(args)
     names = list(dict.fromkeys(args.policies or policies.NAMES))
     shares = _shares(args)
     rates = _rates(args)
-    check_outputs(args.out, args.plot)
     traces = _traces(args)
     results = compare.compare(traces, names, shares, rates, tenths("replaying"))
     report = _report(args, traces, results)

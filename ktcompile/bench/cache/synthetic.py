@@ -20,19 +20,23 @@ _MOST_TOKENS = 128_000
 _QUESTION, _ANSWER = Lengths(*SHAREGPT_PROMPT, 8192), Lengths(*SHAREGPT_ANSWER, 8192)
 
 
-def generate(kind: str, requests: int, seed: int) -> list[TraceRequest]:
-    """Return requests of a kind of traffic in order of time. ValueError: there is no such kind."""
+def generate(kind: str, requests: int, seed: int, crowd: float = 1.0) -> list[TraceRequest]:
+    """Return requests of a kind of traffic in order of time. ValueError: there is no such kind.
+
+    crowd: of conversations and sessions that begin in a time, and of documents and system prompts that there are; in a
+    small one few requests are enough for some to be of the same.
+    """
     if kind not in KINDS:
         raise ValueError(f"traffic {kind!r} is unknown; there are {', '.join(KINDS)}")
-    if requests < 1 or seed < 0:
-        raise ValueError(f"{requests} requests of seed {seed} cannot be")
+    if requests < 1 or seed < 0 or not 0 < crowd <= 1:
+        raise ValueError(f"{requests} requests of seed {seed} cannot be, or not of a crowd of {crowd:g}")
     rng = np.random.default_rng((seed, list(KINDS).index(kind)))
-    drafts = itertools.islice(_in_order(KINDS[kind](rng)), requests)
+    drafts = itertools.islice(_in_order(KINDS[kind](rng, crowd)), requests)
     numbers: dict[tuple[int, tuple[Piece, ...]], int] = {}
     return [_numbered(draft, numbers) for draft in drafts]
 
 
-def _chat(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
+def _chat(rng: np.random.Generator, crowd: float) -> Iterator[Iterator[Draft]]:
     """Conversations of a few turns, after one of three system prompts; one in five begins with a long text."""
     texts = itertools.count()
     systems = [(next(texts), tokens) for tokens in (700, 2200, 5200)]
@@ -51,29 +55,30 @@ def _chat(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
             # Reading the answer and writing the next question.
             time += 0.03 * answer + rng.lognormal(np.log(45), 1.2)
 
-    return map(conversation, _arrivals(rng, 0.5))
+    return map(conversation, _arrivals(rng, 0.5 * crowd))
 
 
-def _documents(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
-    """Questions about one to three of 3,000 documents. A few documents are popular, and others become so."""
+def _documents(rng: np.random.Generator, crowd: float) -> Iterator[Iterator[Draft]]:
+    """Questions about one to three of 3,000 documents, in a full crowd. A few are popular, and others become so."""
     texts = itertools.count()
     system = (next(texts), 600)
-    library = [(next(texts), tokens) for tokens in Lengths(3000, 0.7, 20_000).draw(rng, 3000)]
-    popularity = 1 / np.arange(1, 3001) ** 0.9
+    count = max(3, round(3000 * crowd))
+    library = [(next(texts), tokens) for tokens in Lengths(3000, 0.7, 20_000).draw(rng, count)]
+    popularity = 1 / np.arange(1, count + 1) ** 0.9
     popularity /= popularity.sum()
 
     def question(start: float) -> Iterator[Draft]:
         if rng.random() < 0.02:
-            first, second = rng.integers(3000, size=2)
+            first, second = rng.integers(count, size=2)
             library[first], library[second] = library[second], library[first]
-        found = rng.choice(3000, size=rng.integers(1, 4), replace=False, p=popularity)
+        found = rng.choice(count, size=rng.integers(1, 4), replace=False, p=popularity)
         pieces = [system, *(library[i] for i in sorted(found)), (next(texts), _one(_QUESTION, rng))]
         yield start, pieces, _one(_ANSWER, rng)
 
     return map(question, _arrivals(rng, 2.0))
 
 
-def _agents(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
+def _agents(rng: np.random.Generator, crowd: float) -> Iterator[Iterator[Draft]]:
     """Agents of eight kinds with long instructions, which call tools in loops and append what these say."""
     texts = itertools.count()
     kinds = [(next(texts), tokens) for tokens in Lengths(7000, 0.5, 30_000).draw(rng, 8)]
@@ -90,24 +95,25 @@ def _agents(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
             wait = rng.lognormal(np.log(4), 1.0) if rng.random() < 0.95 else rng.lognormal(np.log(300), 1.0)
             time += 0.03 * answer + wait
 
-    return map(session, _arrivals(rng, 0.15))
+    return map(session, _arrivals(rng, 0.15 * crowd))
 
 
-def _system_prompts(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
+def _system_prompts(rng: np.random.Generator, crowd: float) -> Iterator[Iterator[Draft]]:
     """Single questions after one of 400 system prompts, some of which are far more popular than others."""
     texts = itertools.count()
-    systems = [(next(texts), tokens) for tokens in Lengths(3000, 0.8, 30_000).draw(rng, 400)]
-    popularity = 1 / np.arange(1, 401)
+    count = max(1, round(400 * crowd))
+    systems = [(next(texts), tokens) for tokens in Lengths(3000, 0.8, 30_000).draw(rng, count)]
+    popularity = 1 / np.arange(1, count + 1)
     popularity /= popularity.sum()
     own = Lengths(1500, 1.0, 30_000)
 
     def question(start: float) -> Iterator[Draft]:
-        yield start, [systems[rng.choice(400, p=popularity)], (next(texts), _one(own, rng))], _one(_ANSWER, rng)
+        yield start, [systems[rng.choice(count, p=popularity)], (next(texts), _one(own, rng))], _one(_ANSWER, rng)
 
     return map(question, _arrivals(rng, 4.0))
 
 
-def _nothing(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
+def _nothing(rng: np.random.Generator, crowd: float) -> Iterator[Iterator[Draft]]:
     """Prompts that share nothing."""
     texts = itertools.count()
     own = Lengths(4000, 1.0, 60_000)
@@ -118,7 +124,7 @@ def _nothing(rng: np.random.Generator) -> Iterator[Iterator[Draft]]:
     return map(question, _arrivals(rng, 2.0))
 
 
-KINDS: dict[str, Callable[[np.random.Generator], Iterator[Iterator[Draft]]]] = {
+KINDS: dict[str, Callable[[np.random.Generator, float], Iterator[Iterator[Draft]]]] = {
     "chat": _chat,
     "documents": _documents,
     "agents": _agents,

@@ -16,7 +16,7 @@ from ktcompile.plan.architecture import Architecture
 from ktcompile.quant import FORMATS, resolve_format
 
 # Beside its weights: a process with its libraries, and what allocators keep of a long prompt's activations.
-_PROCESS_BYTES = 1 << 30
+PROCESS_BYTES = 1 << 30
 # For vLLM's blocks of keys and values.
 VLLM_CACHE_GIB = 2
 
@@ -113,7 +113,7 @@ def groups(
 
     What is compared with the first was then measured in turns with it. free: bytes that may be used.
     """
-    needed = {c.name: c.weights(model) + _PROCESS_BYTES + _cache_bytes(c) for c in contenders}
+    needed = {c.name: c.weights(model) + PROCESS_BYTES + _cache_bytes(c) for c in contenders}
     first, *others = contenders
     made: list[list[ModelContender]] = [[first]]
     skipped = {}

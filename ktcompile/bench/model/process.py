@@ -63,20 +63,8 @@ class ModelProcess(Worker):
     """Runs one contender, in the Python that has it."""
 
     def __init__(self, contender: ModelContender, settings: Settings) -> None:
-        threads = str(settings.threads)
-        cores = sorted(os.sched_getaffinity(0))[: settings.threads]
-        environment = {
-            "OMP_NUM_THREADS": threads,
-            "KTCOMPILE_NUM_THREADS": threads,
-            "HF_HUB_OFFLINE": "1",  # the model is a folder
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            # A prompt may be as long as the model's positions, and the engine wants room for an answer.
-            "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
-            "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB),
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        }
-        super().__init__([contender.python, str(_DRIVERS / "model_worker.py")], environment, settings.patience)
+        variables = {**environment(settings.threads), "VLLM_CPU_KVCACHE_SPACE": str(VLLM_CACHE_GIB)}
+        super().__init__(command(contender.python), variables, settings.patience)
         self._contender, self._settings = contender, settings
 
     def set_up(self) -> Loaded:
@@ -111,6 +99,26 @@ class ModelProcess(Worker):
         """Return the logits after some prompts, all of them in one row. ContenderError: the library gives none."""
         answer = self.ask("logits", prompts=_LOGIT_PROMPTS, length=CONTEXT)
         return np.frombuffer(base64.b64decode(answer["logits"]), np.float32)
+
+
+def command(python: str) -> list[str]:
+    """Return what starts a process that runs a driver."""
+    return [python, str(_DRIVERS / "model_worker.py")]
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return what the process of any library has in its environment."""
+    cores = sorted(os.sched_getaffinity(0))[:threads]
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "KTCOMPILE_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",  # the model is a folder
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        # A prompt may be as long as the model's positions, and the engine wants room for an answer.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
 
 
 def gguf(contender: ModelContender, settings: Settings) -> Path:

@@ -1,8 +1,10 @@
-"""One contender of `ktc bench model`, in a process of its own: reads requests as JSON lines, answers each with one.
+"""One contender of `ktc bench model`, or of `ktc bench cache`, in a process of its own: reads requests as JSON lines,
+answers each with one.
 
     set up   driver, and what its module's `load` takes     ->  load_seconds, resident_bytes, versions, facts
     run      work, size, seed, steps, least_seconds          ->  seconds of each call, tokens, peak_bytes
     logits   prompts, length                                 ->  logits: fp32 [prompts, vocab_size] in base64
+    first    prompt                                          ->  seconds, wall_seconds, cpu_total, token, cached
 
 work is "prefill" (a prompt of `size` tokens) or "decode" (a token for each of `size` requests). A driver is a module
 with `load(request)` that returns an object with
@@ -12,6 +14,12 @@ with `load(request)` that returns an object with
     step()                     run it on those, until each has the token after; return what it was run on
     finish()                   forget the requests
     logits(prompt)             return those after a list of ids, an fp32 array; a driver may lack it
+
+or, of an engine with a prefix cache, with vocab_size, facts, and
+
+    first(prompt)              run the model on a list of ids, which then ends; return its next token, and by tier how
+                               many of the ids were found there
+    settle()                   wait for what the engine still does by itself
 """
 
 from __future__ import annotations
@@ -57,6 +65,8 @@ def main() -> None:
                 }
             elif do == "logits":
                 answer = {"logits": logits(driver, **request)}
+            elif do == "first":
+                answer = first(driver, **request)
             else:
                 answer = {**run(driver, **request), "peak_bytes": memory("VmHWM")}
         except Exception as error:  # of any library; who asked decides what to do without it
@@ -104,6 +114,21 @@ def logits(driver: Any, prompts: int, length: int) -> str:
         prompt = [generator.randrange(_LEAST_ID, driver.vocab_size) for _ in range(length)]
         found += driver.logits(prompt).tobytes()
     return base64.b64encode(found).decode()
+
+
+def first(driver: Any, prompt: list[int]) -> dict[str, Any]:
+    """Return the seconds to the first token, until nothing is left to do, and of all cores since the process began."""
+    begin = time.perf_counter()
+    token, cached = driver.first(prompt)
+    seconds = time.perf_counter() - begin
+    driver.settle()
+    return {
+        "seconds": seconds,
+        "wall_seconds": time.perf_counter() - begin,
+        "cpu_total": time.process_time(),
+        "token": token,
+        "cached": cached,
+    }
 
 
 def memory(field: str) -> int | None:

@@ -12,7 +12,11 @@ _BATCH = 2048
 
 
 def load(request: dict[str, Any]) -> Vllm:
-    """Return the engine for a request. model: a folder. requests, length: the most at a time, of each."""
+    """Return the engine for a request.
+
+    model: a folder. requests, length: the most at a time, of each. kv: what is said of its blocks, by the engine's own
+    names; it may be missing.
+    """
     llm = LLM(
         model=request["model"],
         dtype="auto",
@@ -20,9 +24,12 @@ def load(request: dict[str, Any]) -> Vllm:
         max_model_len=request["length"],
         max_num_seqs=request["requests"],
         max_num_batched_tokens=max(_BATCH, request["requests"]),
-        enable_prefix_caching=False,
+        **request.get("kv", {"enable_prefix_caching": False}),
     )
-    return Vllm(llm)
+    engine = Vllm(llm)
+    if "kv" in request:
+        engine.facts["kv_blocks"] = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    return engine
 
 
 class Vllm:
@@ -51,6 +58,17 @@ class Vllm:
         chosen = [self._tokens[name] for name in self._running]
         self._step()
         return chosen
+
+    def first(self, prompt: list[int]) -> tuple[int, dict[str, int]]:
+        one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+        self._engine.add_request(next(self._names), {"prompt_token_ids": prompt}, one)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = self._engine.step()
+        return outputs[0].outputs[0].token_ids[-1], {"device": outputs[0].num_cached_tokens or 0}
+
+    def settle(self) -> None:
+        pass
 
     def finish(self) -> None:
         self._engine.abort_request(self._running)

@@ -1,0 +1,1 @@
+"""What the prefix caches of running engines are worth: traces of prompts, one prompt after the other."""
