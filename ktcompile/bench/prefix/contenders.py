@@ -75,7 +75,11 @@ class Capacity:
                 # One block of its own holds nothing.
                 "kv_cache_memory_bytes": (self.memory + self.block) * size,
             }
-        options = {"enable_prefix_caching": caches, "block_size": self.block, "kv_device_memory": self.memory * size}
+        options: dict[str, Any] = {
+            "enable_prefix_caching": caches,
+            "block_size": self.block,
+            "kv_device_memory": self.memory * size,
+        }
         if contender.variant == TIERS:
             options |= {
                 "kv_device_memory": self.device * size,

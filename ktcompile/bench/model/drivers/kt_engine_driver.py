@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ktcompile.engine.engine import Engine
+from ktcompile.engine.engine import Delta, Engine
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.sampling_params import SamplingParams
 
@@ -35,7 +35,7 @@ class KtEngine:
 
     def first(self, prompt: list[int]) -> tuple[int, dict[str, int]]:
         self._engine.add(next(self._names), prompt, _ONE)
-        deltas = []
+        deltas: list[Delta] = []
         while not deltas:
             deltas = self._engine.step()
         (token,), receipt = deltas[0].token_ids, deltas[0].receipt
