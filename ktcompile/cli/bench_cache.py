@@ -65,7 +65,7 @@ def add_parser(what: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--traffic",
         nargs="+",
         metavar="KIND",
-        help="made of a seed; 'list' shows kinds (default: all, without --trace)",
+        help="made of a seed; 'list' shows kinds (default, without --trace: all; engines: chat documents nothing)",
     )
     add("--requests", type=int, metavar="N", help="of each traffic (default: 4000, or 24), or the first of a trace")
     add("--seed", type=int, metavar="N", default=0, help="of traffic (default: 0)")

@@ -33,7 +33,7 @@ _LIBRARIES = ("ktcompile", "torch", "transformers")
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what is of engines alone."""
     add = parser.add_argument_group("engines", "a model runs; all get the same prompts in turns").add_argument
-    add("--engines", nargs="+", metavar="NAME", help="kt, kt:tiers, kt:off, vllm, vllm:off; default: the first three")
+    add("--engines", nargs="+", metavar="NAME", help="kt, kt:tiers, kt:off, vllm, vllm:off; 'default': the first three")
     add("--model", metavar="MODEL", help="a folder or a hub id (default: the small model of the package)")
     add("--peer-python", nargs="+", metavar="NAME=PYTHON", help="programs of engines that live elsewhere")
     add("--longest", type=int, metavar="TOKENS", help="prompts with more are left out (default: 1024)")
