@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
-# Tokens of a step, as many as llama.cpp takes at once.
+# Tokens of a step at most, as many as llama.cpp takes at once.
 _BATCH = 2048
 
 
@@ -17,13 +17,15 @@ def load(request: dict[str, Any]) -> Vllm:
     model: a folder. requests, length: the most at a time, of each. kv: what is said of its blocks, by the engine's own
     names; it may be missing.
     """
+    # The engine begins with a step of as many tokens as there may be in one.
+    batch = max(min(_BATCH, request["requests"] * request["length"]), request["requests"])
     llm = LLM(
         model=request["model"],
         dtype="auto",
         skip_tokenizer_init=True,
         max_model_len=request["length"],
         max_num_seqs=request["requests"],
-        max_num_batched_tokens=max(_BATCH, request["requests"]),
+        max_num_batched_tokens=batch,
         **request.get("kv", {"enable_prefix_caching": False}),
     )
     engine = Vllm(llm)
