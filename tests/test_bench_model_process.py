@@ -126,6 +126,24 @@ def test_transformers_kinds_agree_with_each_cache(monkeypatch, one_torch_thread)
     assert all(tokens == chosen[0] for tokens in chosen) and len({tuple(t) for t in chosen[0]}) > 1
 
 
+def test_the_engine_chooses_what_the_model_alone_does(monkeypatch, one_torch_thread):
+    monkeypatch.syspath_prepend(str(DRIVERS))
+    import kt_engine_driver
+    import transformers_driver
+
+    request = {"model": str(tiny_model.path()), "threads": 1, "steps": 4, "variant": "", "requests": 2, "length": 30}
+    prompts = [list(range(3, 20)), list(range(40, 57))]
+    alone = transformers_driver.load({**request, "kind": "kt-eager", "cache": "dynamic"})
+    engine = kt_engine_driver.load(request)
+    chosen = []
+    for driver in (alone, engine, engine):  # the second time after an end
+        driver.start(prompts)
+        chosen.append([driver.step() for _ in range(3)])
+        driver.finish()
+    assert chosen[0] == chosen[1] == chosen[2] and len({tuple(tokens) for tokens in chosen[0]}) > 1
+    assert engine.vocab_size == 4096 and engine.facts["kv_blocks"] >= 2
+
+
 @pytest.fixture
 def gguf_package(monkeypatch):
     """Stand in for the package gguf; return what is written, by name."""

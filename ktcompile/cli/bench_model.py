@@ -20,12 +20,13 @@ _EXAMPLES = """\
 contenders:
   kt[:FORMAT[+FORMAT]]      torch.compile(model, backend="kt"), with a weight format of experts, and of linear layers
   kt-eager[:FORMAT]         ktcompile.load(model), without a compiler
+  kt-engine[:FORMAT]        the engine of `ktc serve`, stepped by hand as vllm is, without its prefix cache
   transformers[:IMPL]       as it comes; its experts implementation: grouped_mm, batched_mm, eager
   inductor                  torch.compile(model)
   zentorch                  torch.compile(model, backend="zentorch")
   vllm                      its engine on the CPU
   llama.cpp:FORMAT          bf16, q8_0 or q4_k_m, on a GGUF file that is made of a Qwen3-MoE checkpoint and kept
-  all                       kt, kt:int8, kt:int4, kt:int4_dyn+int4_dyn, kt-eager and all others that are installed
+  all                       kt, kt:int8, kt:int4, kt:int4_dyn+int4_dyn, kt-eager, kt-engine, and all others installed
 
 examples:
   ktc bench model MODEL
@@ -91,7 +92,7 @@ def run_model(args: argparse.Namespace) -> int:
         _draw(report, args.plot)
     if report.interrupted:
         return 130
-    return int(any(name.partition(":")[0] in ("kt", "kt-eager") for name in report.skipped))
+    return int(any(name.partition(":")[0] in ("kt", "kt-eager", "kt-engine") for name in report.skipped))
 
 
 def _benchmark(args: argparse.Namespace) -> ModelBenchmark:

@@ -41,6 +41,7 @@ class Kind:
 KINDS = {
     "kt": Kind("transformers_driver", "ktcompile", 'torch.compile(model, backend="kt")', formats=True, dense=True),
     "kt-eager": Kind("transformers_driver", "ktcompile", "ktcompile.load(model), without a compiler", formats=True),
+    "kt-engine": Kind("kt_engine_driver", "ktcompile", "the engine that serves", formats=True, dense=True),
     "transformers": Kind(
         "transformers_driver", "transformers", "as it comes", variants=("grouped_mm", "batched_mm", "eager")
     ),
@@ -51,7 +52,8 @@ KINDS = {
 }
 DEFAULT = ("kt", "transformers")
 ALL = (
-    *("kt", "kt:int8", "kt:int4", "kt:int4_dyn+int4_dyn", "kt-eager", "transformers", "inductor", "zentorch", "vllm"),
+    *("kt", "kt:int8", "kt:int4", "kt:int4_dyn+int4_dyn", "kt-eager", "kt-engine"),
+    *("transformers", "inductor", "zentorch", "vllm"),
     *("llama.cpp:bf16", "llama.cpp:q8_0", "llama.cpp:q4_k_m"),
 )
 
