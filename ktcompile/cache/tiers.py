@@ -146,6 +146,12 @@ class Tiers:
         """
         return self._readings.take_back()
 
+    def settle(self, seconds: float) -> bool:
+        """Return whether all that `store` was given before this call is kept or refused within a time. The caller's
+        thread waits for it."""
+        done = threading.Event()
+        return self._storers.submit(done.set) and done.wait(seconds)
+
     def forget(self, blocks: Sequence[BlockId]) -> None:
         """Have blocks found no more, nor those behind them: what they contain may be wrong."""
         keys = [block.key for block in blocks]

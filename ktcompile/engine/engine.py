@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ktcompile.cache.key import root
+from ktcompile.cache.key import child, root
 from ktcompile.cache.rates import Rates
 from ktcompile.cache.transfer import BlockMemory
 from ktcompile.engine.answers import Answer, Delta, ServedRequest
@@ -121,7 +121,7 @@ class Engine:
             self._runner.layers,
             weights=weights or secrets.token_hex(),  # nobody else's
         )
-        self._caches, self._block_size = options.enable_prefix_caching, options.block_size
+        self._caches, self.block_size = options.enable_prefix_caching, options.block_size
         self._pool = BlockPool(self._runner.num_blocks)
         memory = BlockMemory(self._runner.storage)
         opened = open_tiers(options, memory, self._runner.kv_bytes, clock)
@@ -220,6 +220,20 @@ class Engine:
         where there are none. Any thread may call."""
         return {} if self._tiers is None else self._tiers.counters
 
+    def kept_tokens(self, prompt_token_ids: Sequence[int], cache_salt: str = "", seconds: float = 0.0) -> int:
+        """Return how many tokens of a prompt the tiers behind the device have, in whole blocks from the first on. What
+        they were given is waited for, until it is kept or refused, for `seconds` at most."""
+        if self._tiers is None:
+            return 0
+        self._tiers.settle(seconds)
+        key, size = root(self.namespace, cache_salt, self._secret), self.block_size
+        whole = len(prompt_token_ids) // size * size
+        for begin in range(0, whole, size):
+            key = child(key, prompt_token_ids[begin : begin + size])
+            if not self._tiers.has(key):
+                return begin
+        return whole
+
     def close(self) -> None:
         """Write to disk what only the host has, and end the threads of the tiers; they are used no more. It takes some
         seconds at most."""
@@ -249,7 +263,7 @@ class Engine:
             answer = self._answers[start.request_id]
             answer.num_cached_tokens = start.num_cached_tokens
             prompt_tokens = len(answer.request.prompt_ids)
-            answer.receipt = receipt_of(start, prompt_tokens, self._block_size, self._scheduler.recompute)
+            answer.receipt = receipt_of(start, prompt_tokens, self.block_size, self._scheduler.recompute)
         sampled: dict[str, int] = {}
         try:
             self._compute(step, sampled, deltas)
