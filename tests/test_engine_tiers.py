@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import SMALL, byte_level_tokenizer, memory_of, prompts, run_all, tiny
+from helpers.engines import SMALL, byte_level_tokenizer, memory_of, prompts, push_out, run_all, tiny
 from helpers.prefixes import GREEDY, LENGTH, PROMPT, SIZE, Watched, same
 from helpers.text_model import build_model
 
@@ -50,14 +50,6 @@ def settle(engine: Watched) -> None:
     raise AssertionError("blocks are held for ever")
 
 
-def push_out(engine: Watched) -> None:
-    """Have all blocks of the device handed out to others, of which no tier is given anything."""
-    pool = engine.engine._pool
-    blocks = pool.take(pool.num_blocks)
-    assert blocks is not None
-    pool.release(blocks)
-
-
 def ask(engine: Watched, prompt: list[int], params: SamplingParams = GREEDY, salt: str = "") -> tuple[Any, Receipt]:
     """Return a request's answer and receipt."""
     engine.logits.clear()
@@ -93,11 +85,11 @@ def test_every_tier_gives_the_bits_of_computing(family: str, tmp_path: Path) -> 
     of_cold = engine.logits["0/0"]
     assert tiers_of(receipt) == (0, 0, 0)
     assert ask(engine, PROMPT)[0] == cold and same(engine.logits["0/0"], of_cold)
-    push_out(engine)
+    push_out(engine.engine)
     answer, receipt = ask(engine, PROMPT)
     assert tiers_of(receipt) == (0, FOUND, 0) and answer == cold and same(engine.logits["0/0"], of_cold)
     # Some on the device, the rest in the host.
-    push_out(engine)
+    push_out(engine.engine)
     ask(engine, PROMPT[: 3 * SIZE + 1], SamplingParams(1))
     answer, receipt = ask(engine, PROMPT)
     assert tiers_of(receipt) == (3 * SIZE, FOUND - 3 * SIZE, 0)
@@ -112,7 +104,7 @@ def test_every_tier_gives_the_bits_of_computing(family: str, tmp_path: Path) -> 
     turn = [*PROMPT, *cold.token_ids, 3]
     (expected,) = again.serve((turn, GREEDY), salt="cold turn")
     of_turn = again.logits["0/0"]
-    push_out(again)
+    push_out(again.engine)
     answer, receipt = ask(again, turn)
     assert tiers_of(receipt) == (0, FOUND, (len(turn) - 1) // SIZE * SIZE - FOUND)
     assert answer == expected and same(again.logits["0/0"], of_turn)
@@ -186,7 +178,7 @@ def test_a_damaged_record_is_computed_anew(model: Any, tmp_path: Path, host: int
     for _ in range(2):
         answer, _ = ask(engine, PROMPT)
         assert answer == cold
-        push_out(engine)
+        push_out(engine.engine)
     assert engine.engine.tier_counters()["disk_verify_failed"] > 0
     engine.engine.close()
 
@@ -241,7 +233,7 @@ def test_what_is_not_finite_is_kept_by_no_tier(model: Any) -> None:
 def test_a_load_that_never_comes_ends_with_its_deadline(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model, eager=True, kv_host_memory=HOST)
     cold, _ = ask(engine, PROMPT)
-    push_out(engine)
+    push_out(engine.engine)
     monkeypatch.setattr(Rates, "seconds", lambda *_: 0.2)
     monkeypatch.setattr(engine.engine._tiers._loaders, "submit", lambda job: True)
     engine.engine.add("other", [5, 6, 7], replace(GREEDY, max_tokens=3))
@@ -256,7 +248,7 @@ def test_a_load_that_never_comes_ends_with_its_deadline(model: Any, monkeypatch:
 def test_a_request_that_is_loading_may_be_aborted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model, eager=True, kv_host_memory=HOST)
     ask(engine, PROMPT)
-    push_out(engine)
+    push_out(engine.engine)
     monkeypatch.setattr(engine.engine._tiers._loaders, "submit", lambda job: True)
     engine.engine.add("0", PROMPT, GREEDY)
     assert engine.engine.step() == [] and engine.engine.stats().num_running == 1

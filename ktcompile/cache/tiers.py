@@ -81,6 +81,10 @@ class Tiers:
         """What happened so far, by the names of `counters.NAMES`."""
         return self._counters.snapshot()
 
+    def watch(self, watch: Callable[[str, int], None]) -> None:
+        """Have a function told of what happens, as of `Counters`."""
+        self._counters.watch = watch
+
     def lookup(self, blocks: Sequence[BlockId]) -> list[str]:
         """Return the tiers of the first blocks of a sequence, up to the first that is nowhere."""
         tiers = []

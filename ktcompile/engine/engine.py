@@ -51,6 +51,7 @@ class EngineStats:
     num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is
     held, 0 to 1. prompt_tokens, generated_tokens: of answers that began to come, and of all answers.
     prefix_cache_queries, prefix_cache_hits: tokens of prompts that began to run, and those that were not computed then.
+    prefix_cache_evictions: blocks that could be found and were handed out again.
     """
 
     num_running: int
@@ -64,6 +65,7 @@ class EngineStats:
     steps: int
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    prefix_cache_evictions: int = 0
 
 
 class Engine:
@@ -220,6 +222,12 @@ class Engine:
         where there are none. Any thread may call."""
         return {} if self._tiers is None else self._tiers.counters
 
+    def watch_tiers(self, watch: Callable[[str, int], None]) -> None:
+        """Have a function told of what happens in the tiers behind the device, by the names of `tier_counters`. Any
+        thread may call it, and it must be quick."""
+        if self._tiers is not None:
+            self._tiers.watch(watch)
+
     def kept_tokens(self, prompt_token_ids: Sequence[int], cache_salt: str = "", seconds: float = 0.0) -> int:
         """Return how many tokens of a prompt the tiers behind the device have, in whole blocks from the first on. What
         they were given is waited for, until it is kept or refused, for `seconds` at most."""
@@ -255,6 +263,7 @@ class Engine:
             steps=self._steps,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
             prefix_cache_hits=self._scheduler.prefix_cache_hits,
+            prefix_cache_evictions=self._pool.num_evicted,
         )
 
     def _run(self, step: Step, deltas: list[Delta]) -> None:
