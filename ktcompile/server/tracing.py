@@ -134,7 +134,7 @@ class Tracing:
         found = {"device": receipt.device_tokens, "host": receipt.host_tokens, "disk": receipt.disk_tokens}
         for tier, tokens in found.items():
             if tokens:
-                attributes = {"ktcompile.kv.tier": tier, "ktcompile.kv.tokens": tokens}
+                attributes: dict[str, str | int] = {"ktcompile.kv.tier": tier, "ktcompile.kv.tokens": tokens}
                 span.add_event("kv_hit", attributes, self._calendar(started))
         if receipt.load_seconds > 0:
             loaded = {
