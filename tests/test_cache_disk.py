@@ -289,6 +289,7 @@ def test_after_a_crash_at_the_nth_operation_each_state_of_the_disk_is_sound(sync
 
 
 def test_a_record_that_was_synced_outlasts_each_crash():
+    """Museum 7."""
     disk, block = Disk(), blocks(1)[0]
     assert put(disk_store(FaultFolder(disk), sync=True), block)
     for state in disk.crash_states():
