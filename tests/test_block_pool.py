@@ -121,7 +121,8 @@ def test_the_end_of_a_sequence_is_given_up_before_its_beginning():
 
 @pytest.mark.parametrize("other", [{"parent": b"other"}, {"token_ids": (1, 3)}, {"token_ids": (1,)}])
 def test_a_key_alone_finds_nothing(other):
-    """Two contents with one key, as if the hash had failed: the first is found by its tokens, the second never."""
+    """Museum 1 and 2. Two contents with one key, as if the hash had failed: the first is found by its tokens, the
+    second never."""
     pool, name = BlockPool(2), called(1)
     first, second = pool.take(2)
     pool.name(first, name)

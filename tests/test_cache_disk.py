@@ -61,6 +61,23 @@ def test_a_child_is_published_behind_its_parent_alone():
     assert not store.find(some[2])
 
 
+def test_a_record_whose_parent_goes_while_it_is_written_is_not_left(monkeypatch):
+    folder = FaultFolder(Disk())
+    store = disk_store(folder)
+    first, second = blocks(2)
+    assert put(store, first)
+    publish = store._files.publish
+
+    def slow(key, parts):
+        publish(key, parts)
+        store._known.cut(first.key)  # somebody else has removed its file, and a reader found that out
+
+    monkeypatch.setattr(store._files, "publish", slow)
+    assert not put(store, second) and not store.find(second) and len(store) == 0
+    assert record_name(second.key) not in dict(folder.files())
+    store.check()
+
+
 def test_the_budget_is_kept_and_the_last_of_a_sequence_goes_first():
     """Museum 8, 14 and 25: the beginning of a sequence stays, the folder never has more bytes than it may, and a block
     that comes costs as many as its place takes."""
@@ -289,6 +306,7 @@ def test_after_a_crash_at_the_nth_operation_each_state_of_the_disk_is_sound(sync
 
 
 def test_a_record_that_was_synced_outlasts_each_crash():
+    """Museum 7."""
     disk, block = Disk(), blocks(1)[0]
     assert put(disk_store(FaultFolder(disk), sync=True), block)
     for state in disk.crash_states():

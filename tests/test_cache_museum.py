@@ -1,31 +1,35 @@
-"""Failures that other prefix caches had, by their numbers in the project's list, and where each is tested.
-
-Tests say "Museum" and the numbers in their docstrings. Those that do not apply to the tiers behind the device:
-
-| number | what failed | why there is no test here |
-| --- | --- | --- |
-| 9 | state beside keys and values covered fewer tokens | a block is one payload of all layers, scales included |
-| 16 | warm and cold answers differed | bytes come back (test_cache_transfer.py); answers are the engine's |
-| 17 | short prompts of hybrid models were never hits | models that keep anything but keys and values are refused |
-| 19 | a property of the process was part of the key | keys are made by cache/key.py; nothing is added to them here |
-| 22 | a salt of a request ended the engine | salts are checked where keys are made; here they are 32 bytes |
-| 26 | prompts that were too long vanished | the scheduler's |
-| 27 | prompts starved decodes | the scheduler's |
-"""
+"""Failures that other prefix caches had: decision 23 lists them by number, with the tests that re-enact each."""
 
 from __future__ import annotations
 
+import ast
 import re
+from collections import defaultdict
 from pathlib import Path
 
-ELSEWHERE = {9, 16, 17, 19, 22, 26, 27}
+FOLDER = Path(__file__).parent
+TABLE = FOLDER.parent / "docs" / "decisions" / "0023-the-tiers-behind-the-device.md"
+COUNT = 27
 
 
-def test_each_failure_has_a_test_or_a_reason():
-    folder = Path(__file__).parent
-    named = set()
-    for path in folder.glob("test_cache_*.py"):
-        if path != Path(__file__):
-            for numbers in re.findall(r"Museum ([\d, and]+)", path.read_text()):
-                named.update(map(int, re.findall(r"\d+", numbers)))
-    assert named == set(range(1, 28)) - ELSEWHERE
+def named() -> dict[int, set[str]]:
+    """Return the tests whose docstrings say "Museum" and a number, by number."""
+    result = defaultdict(set)
+    for path in FOLDER.glob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            for numbers in re.findall(r"Museum (\d+(?:(?:, | and )\d+)*)", text or ""):
+                for number in re.findall(r"\d+", numbers):
+                    result[int(number)].add(f"{path.stem.removeprefix('test_')}: {node.name.removeprefix('test_')}")
+    return result
+
+
+def listed() -> dict[int, set[str]]:
+    """Return the tests of each row of the table."""
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| ([^|]+) \|$", TABLE.read_text(), re.M)
+    return {int(number): set(tests.split("; ")) for number, tests in rows}
+
+
+def test_each_failure_has_tests_and_the_table_lists_them():
+    assert set(named()) == set(range(1, COUNT + 1))
+    assert listed() == named()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.cache_blocks import LAYOUT, blocks
-from helpers.record_fuzz import check_any_bytes, good_record, mutated
+from helpers.record_fuzz import check_any_bytes, good_record, mutated, resealed, sealed
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +54,16 @@ def test_any_bytes_are_a_record_or_refused(data):
 @given(st.binary(min_size=8, max_size=64))
 def test_a_record_that_was_changed_is_refused(choice):
     check_any_bytes(mutated(choice))
+
+
+@given(st.binary(max_size=60))
+def test_a_header_that_was_changed_is_refused_though_its_checksum_is_right(choice):
+    check_any_bytes(resealed(choice))
+
+
+@given(st.integers(0, 8), st.integers(0, 5000), st.binary(max_size=200))
+def test_any_payload_is_decoded_or_refused(number, raw_size, stored):
+    check_any_bytes(sealed(number, raw_size, stored))
 
 
 @pytest.mark.parametrize("place", range(0, 12 + 96 + 8 + 24, 2))

@@ -37,6 +37,7 @@ def bits(layers: list[PagedKV], block: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("latents", [False, True])
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
 def test_a_block_comes_back_bit_for_bit(kv_format, latents):
+    """Museum 9: scales are in the payload of what they scale."""
     layers = storage(kv_format, latents)
     fill(layers, 0)
     memory = BlockMemory(layers)

@@ -196,6 +196,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(engine: Engine, monk
 
 
 def test_what_cannot_be_served_is_refused(engine: Engine) -> None:
+    """Museum 26."""
     with pytest.raises(RequestTooLongError, match="the prompt has 64 tokens; the model has 64 positions"):
         engine.add("a", [1] * 64, GREEDY)
     for prompt, words in (([], "the prompt has no tokens"), ([300], "prompt_token_ids has 300; the model's tokens")):

@@ -105,6 +105,7 @@ def test_tenants_share_nothing(engine: Watched) -> None:
 
 
 def test_a_salt_that_is_too_long_is_refused(engine: Watched) -> None:
+    """Museum 22."""
     with pytest.raises(ValueError, match="cache_salt has 257 bytes; it may have 256"):
         engine.engine.add("0", [1], GREEDY, cache_salt="s" * 257)
     assert not engine.engine.has_requests

@@ -11,81 +11,30 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import SMALL, byte_level_tokenizer, memory_of, prompts, run_all, tiny
+from helpers.engines import SMALL, byte_level_tokenizer, memory_of, prompts, push_out, run_all, tiny
 from helpers.prefixes import GREEDY, LENGTH, PROMPT, SIZE, Watched, same
 from helpers.text_model import build_model
+from helpers.tiered_engine import FOUND, HOST, ask, engine_of, load_everything, settle, tiers_of
 
 from ktcompile.cache.rates import Rates
 from ktcompile.engine.engine import Engine
 from ktcompile.engine.options import EngineOptions
-from ktcompile.engine.receipt import Receipt
 from ktcompile.engine.sampling_params import SamplingParams
-
-HOST = 1 << 22
-FOUND = (len(PROMPT) - 1) // SIZE * SIZE  # of PROMPT, what need not be computed
 
 
 @pytest.fixture(autouse=True)
 def fresh(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny models compute faster than anything is loaded; here all is loaded that is there."""
     torch.set_num_threads(1)
     torch._dynamo.reset()
-    monkeypatch.setattr(Rates, "worth_loading", lambda self, tiers, first, recompute: len(tiers))
-    monkeypatch.setattr(Rates, "seconds", lambda self, count, first, recompute: 600.0)
+    load_everything(monkeypatch)
     yield
     torch._dynamo.reset()
-
-
-def engine_of(model: Any, **options: Any) -> Watched:
-    record = EngineOptions(**{**SMALL, **options})
-    return Watched(Engine.of_model(model, byte_level_tokenizer(), record, weights="the same"))
-
-
-def settle(engine: Watched) -> None:
-    """Wait until what was to be kept is."""
-    for _ in range(6000):
-        if engine.engine.stats().num_free_blocks == engine.engine.stats().num_blocks:
-            return
-        time.sleep(0.01)
-    raise AssertionError("blocks are held for ever")
-
-
-def push_out(engine: Watched) -> None:
-    """Have all blocks of the device handed out to others, of which no tier is given anything."""
-    pool = engine.engine._pool
-    blocks = pool.take(pool.num_blocks)
-    assert blocks is not None
-    pool.release(blocks)
-
-
-def ask(engine: Watched, prompt: list[int], params: SamplingParams = GREEDY, salt: str = "") -> tuple[Any, Receipt]:
-    """Return a request's answer and receipt."""
-    engine.logits.clear()
-    engine.engine.add("0", prompt, params, cache_salt=salt)
-    receipts = set()
-    step = engine.engine.step
-
-    def noting() -> Any:
-        deltas = step()
-        receipts.update(delta.receipt for delta in deltas if delta.request_id == "0")
-        return deltas
-
-    engine.engine.step = noting  # type: ignore[method-assign]
-    answer = run_all(engine.engine)["0", 0]
-    engine.engine.step = step  # type: ignore[method-assign]
-    (receipt,) = receipts
-    assert receipt.prompt_tokens == len(prompt)
-    settle(engine)
-    return answer, receipt
-
-
-def tiers_of(receipt: Receipt) -> tuple[int, int, int]:
-    return receipt.device_tokens, receipt.host_tokens, receipt.disk_tokens
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"])
 def test_every_tier_gives_the_bits_of_computing(family: str, tmp_path: Path) -> None:
+    """Museum 16."""
     options = {"kv_host_memory": HOST, "kv_disk_path": tmp_path / "kv"}
     model: Any = tiny(family, torch.bfloat16)
     engine = engine_of(model, **options)
@@ -93,11 +42,11 @@ def test_every_tier_gives_the_bits_of_computing(family: str, tmp_path: Path) -> 
     of_cold = engine.logits["0/0"]
     assert tiers_of(receipt) == (0, 0, 0)
     assert ask(engine, PROMPT)[0] == cold and same(engine.logits["0/0"], of_cold)
-    push_out(engine)
+    push_out(engine.engine)
     answer, receipt = ask(engine, PROMPT)
     assert tiers_of(receipt) == (0, FOUND, 0) and answer == cold and same(engine.logits["0/0"], of_cold)
     # Some on the device, the rest in the host.
-    push_out(engine)
+    push_out(engine.engine)
     ask(engine, PROMPT[: 3 * SIZE + 1], SamplingParams(1))
     answer, receipt = ask(engine, PROMPT)
     assert tiers_of(receipt) == (3 * SIZE, FOUND - 3 * SIZE, 0)
@@ -112,7 +61,7 @@ def test_every_tier_gives_the_bits_of_computing(family: str, tmp_path: Path) -> 
     turn = [*PROMPT, *cold.token_ids, 3]
     (expected,) = again.serve((turn, GREEDY), salt="cold turn")
     of_turn = again.logits["0/0"]
-    push_out(again)
+    push_out(again.engine)
     answer, receipt = ask(again, turn)
     assert tiers_of(receipt) == (0, FOUND, (len(turn) - 1) // SIZE * SIZE - FOUND)
     assert answer == expected and same(again.logits["0/0"], of_turn)
@@ -144,6 +93,7 @@ def check_preemption(engine: Watched, cold: Any, of_cold: Any) -> None:
 
 @pytest.mark.slow
 def test_the_embedded_model_goes_on_after_a_restart(tmp_path: Path) -> None:
+    """Museum 12 and 16."""
     import ktcompile
 
     prompt = {"prompt_token_ids": list(range(100, 400))}
@@ -186,7 +136,7 @@ def test_a_damaged_record_is_computed_anew(model: Any, tmp_path: Path, host: int
     for _ in range(2):
         answer, _ = ask(engine, PROMPT)
         assert answer == cold
-        push_out(engine)
+        push_out(engine.engine)
     assert engine.engine.tier_counters()["disk_verify_failed"] > 0
     engine.engine.close()
 
@@ -239,9 +189,10 @@ def test_what_is_not_finite_is_kept_by_no_tier(model: Any) -> None:
 
 
 def test_a_load_that_never_comes_ends_with_its_deadline(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Museum 13."""
     engine = engine_of(model, eager=True, kv_host_memory=HOST)
     cold, _ = ask(engine, PROMPT)
-    push_out(engine)
+    push_out(engine.engine)
     monkeypatch.setattr(Rates, "seconds", lambda *_: 0.2)
     monkeypatch.setattr(engine.engine._tiers._loaders, "submit", lambda job: True)
     engine.engine.add("other", [5, 6, 7], replace(GREEDY, max_tokens=3))
@@ -254,9 +205,10 @@ def test_a_load_that_never_comes_ends_with_its_deadline(model: Any, monkeypatch:
 
 
 def test_a_request_that_is_loading_may_be_aborted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Museum 10."""
     engine = engine_of(model, eager=True, kv_host_memory=HOST)
     ask(engine, PROMPT)
-    push_out(engine)
+    push_out(engine.engine)
     monkeypatch.setattr(engine.engine._tiers._loaders, "submit", lambda job: True)
     engine.engine.add("0", PROMPT, GREEDY)
     assert engine.engine.step() == [] and engine.engine.stats().num_running == 1

@@ -41,6 +41,7 @@ def test_a_prompt_is_cut_at_multiples_of_the_chunk_alone():
 
 
 def test_decodes_and_a_prompt_share_a_step():
+    """Museum 27."""
     one = world()
     for order in range(2):
         one.add(client(order, 3, 20))

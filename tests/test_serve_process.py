@@ -4,52 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from helpers.processes import ktc_serve
 from helpers.servers import wait_for
 
 from ktcompile.quant import FORMATS
 
 BODY = {"model": "tiny", "prompt": "import ", "max_tokens": 400, "ignore_eos": True, "seed": 1}
-
-
-@contextmanager
-def ktc_serve(*flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
-    """Give a process that serves, its port, and the lines of its log so far."""
-    command = [sys.executable, "-P", "-c", "import sys, ktcompile.cli as c; sys.exit(c.main())", "serve", "--eager"]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1", **variables}
-    process = subprocess.Popen(
-        [*command, "--port", "0", *flags],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    log: list[str] = []
-    assert process.stdout and process.stderr
-    errors = process.stderr
-    reader = threading.Thread(target=lambda: log.extend(errors), daemon=True)
-    reader.start()
-    try:
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/v1", line)
-        assert found, (line, log)
-        yield process, int(found[1]), log
-    finally:
-        process.kill()
-        process.wait()
-        reader.join(10)
 
 
 def post(port: int, body: dict[str, Any], key: str = "") -> http.client.HTTPResponse:

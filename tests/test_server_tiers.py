@@ -39,6 +39,7 @@ def test_a_server_tells_of_its_tiers_and_writes_them_at_its_end(tmp_path: Path) 
         assert sum(tiers[:3]) == usage["prompt_tokens_details"]["cached_tokens"] == cached
     demoted = next(line for line in metrics.splitlines() if line.startswith("vllm:kv_tier_demoted_total"))
     assert float(demoted.split()[-1]) >= 7
+    assert "vllm:prefix_cache_evictions_total" in metrics
     assert len(list((tmp_path / "kv").glob("*.ktkv"))) >= 7
     assert set(threading.enumerate()) <= before
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.engines import engine_of, tiny
+from helpers.engines import engine_of, memory_of, push_out, tiny
 from helpers.fake_engine import FakeEngine
 from helpers.servers import call, running, wait_for
+from helpers.text_model import build_model
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
+from ktcompile.cache.rates import Rates
 from ktcompile.models.load import locate
 from ktcompile.models.tokenizer import load_tokenizer
 from ktcompile.server.options import ServerOptions
@@ -104,6 +109,73 @@ def test_who_brings_the_result_of_a_call_is_linked_to_who_made_it(exporter: InMe
             assert first.links == ()
             (link,) = second.links
             assert link.context == first.context and link.attributes == {"gen_ai.tool.call.id": name}
+
+
+def test_each_move_of_the_prefix_cache_is_a_span_or_an_event(
+    exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Hits and promotions are of their request, the rest of none; counters say the same."""
+    monkeypatch.setattr(Rates, "worth_loading", lambda self, tiers, first, recompute: len(tiers))
+    size = memory_of(engine_of(build_model(positions=256), eager=True), 8)
+    few = {"kv_host_memory": 12 * size, "kv_disk_path": tmp_path / "kv", "kv_disk_size": 15 * size}
+    engine = engine_of(build_model(positions=256), eager=True, kv_device_memory=32 * size, **few)
+    assert engine._tiers is not None
+    tiers, host = engine._tiers, engine._tiers._host
+
+    def moved() -> Counter[str]:
+        """Return how many blocks all spans of no request tell of, by name."""
+        result: Counter[str] = Counter()
+        for span in exporter.get_finished_spans():
+            if span.name.startswith("kv_tier_"):
+                assert span.parent is None
+                assert span.name.endswith("verify_failed") == (span.status.status_code is StatusCode.ERROR)
+                result[span.name.removeprefix("kv_tier_")] += span.attributes["ktcompile.kv.blocks"]
+        return result
+
+    with running(engine, ServerOptions(port=0, trace=True)) as server:
+
+        def ask(seed: int) -> dict[str, int]:
+            """Send a prompt of ten whole blocks, and return the tokens that were hits, by tier."""
+            prompt, before = [3 + (seed + i) % 90 for i in range(81)], len(exporter.get_finished_spans())
+            assert call(server, "/v1/completions", {"model": "model", "prompt": prompt, "max_tokens": 1}).status == 200
+            wait_for(lambda: any(s.name == "text_completion model" for s in exporter.get_finished_spans()[before:]))
+            assert tiers.settle(30)
+            wait_for(lambda: engine.stats().num_free_blocks == 32)
+            call(server, "/metrics")
+            spans = exporter.get_finished_spans()[before:]
+            (whole,) = [span for span in spans if span.name == "text_completion model"]
+            hits = {e.attributes["ktcompile.kv.tier"]: e.attributes["ktcompile.kv.tokens"] for e in whole.events}
+            loads = [span for span in spans if span.name == "kv_promote"]
+            assert len(loads) <= 1 and (loads or not {"host", "disk"} & hits.keys())
+            for load in loads:  # one that failed has no tokens
+                assert load.parent.span_id == whole.context.span_id
+                assert times(whole)[0] <= times(load)[0] < times(load)[1] <= times(whole)[1]
+                for tier in ("host", "disk"):
+                    assert load.attributes[f"ktcompile.kv.{tier}.tokens"] == hits.get(tier, 0)
+            return hits
+
+        assert ask(0) == {} and moved() == {"demoted": 10}
+        assert ask(0) == {"device": 80}
+        push_out(engine)
+        assert ask(0) == {"host": 80} and moved() == {"demoted": 10, "disk_stored": 10, "device_evicted": 10}
+        # The third block is damaged in the host, and is on disk.
+        push_out(engine)
+        slot = next(slot for slot in host._tree.nodes() if slot.position == 16)
+        host._memory(slot)[0] ^= 1
+        assert ask(0) == {"host": 16, "disk": 64} and moved()["host_verify_failed"] == 1
+        for seed in (20, 20, 40, 40):
+            push_out(engine)
+            ask(seed)
+        push_out(engine)
+        for slot in host._tree.nodes():
+            host.remove(slot.key)
+        for record in (tmp_path / "kv").glob("*.ktkv"):
+            record.write_bytes(record.read_bytes()[:-1] + b"?")
+        ask(40)
+    counted = {**engine.tier_counters(), "device_evicted": engine.stats().prefix_cache_evictions}
+    every = {"demoted", "disk_stored", "device_evicted", "host_evicted", "disk_evicted", "disk_quarantined"}
+    every |= {"host_verify_failed", "disk_verify_failed"}
+    assert moved() == {name: counted[name] for name in every} and min(moved().values()) > 0
 
 
 def test_what_a_request_costs_is_said_where_prices_are_known(exporter: InMemorySpanExporter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 # Blocks, unless another unit is named. `host` and `disk` are the tier that it happened in.
 NAMES = frozenset(
@@ -29,9 +30,13 @@ NAMES = frozenset(
 
 
 class Counters:
-    """Numbers that only grow, which any thread may add to."""
+    """Numbers that only grow, which any thread may add to.
+
+    watch: is told of each name and number as it is added, by the thread that does it, which may hold locks.
+    """
 
     def __init__(self) -> None:
+        self.watch: Callable[[str, int], None] | None = None
         self._lock = threading.Lock()
         self._values: Counter[str] = Counter()
 
@@ -40,6 +45,8 @@ class Counters:
         assert name in NAMES, f"{name} is no counter"
         with self._lock:
             self._values[name] += number
+        if number and self.watch is not None:
+            self.watch(name, number)
 
     def snapshot(self) -> dict[str, int]:
         """Return all numbers as they are now."""

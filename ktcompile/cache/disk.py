@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ktcompile.cache import codec
 from ktcompile.cache.block_id import BlockId
 from ktcompile.cache.breaker import Breaker
+from ktcompile.cache.catalogue import Catalogue
 from ktcompile.cache.counters import Counters
 from ktcompile.cache.index import Entry, Index
 from ktcompile.cache.names import is_bad, record_name
@@ -22,7 +23,6 @@ from ktcompile.cache.policy import Policy
 from ktcompile.cache.record import Header, RecordError, check_is, checksum, parse, payload_of
 from ktcompile.cache.record_files import MOST_BAD, RecordFiles
 from ktcompile.cache.scan import Found, entry_of, scan
-from ktcompile.cache.tree import Tree
 from ktcompile.cache.vfs import Folder
 from ktcompile.log import logger
 
@@ -61,44 +61,33 @@ class DiskStore:
         counters: Counters,
         options: DiskOptions,
     ) -> None:
-        self._folder, self._make_index, self._policy, self._clock = folder, index, policy, clock
-        self._counters, self._options = counters, options
+        self._folder, self._make_index, self._counters, self._options = folder, index, counters, options
+        self._known = Catalogue(policy, clock)
         self._files = RecordFiles(folder, options.sync)
-        self._lock = threading.Lock()  # of what is in memory
-        self._changing = threading.Lock()  # of the folder; taken before the other
-        self._tree: Tree[Entry] = Tree()
+        self._changing = threading.Lock()  # of the folder
         self._index: Index | None = None
-        self._used: set[bytes] = set()  # since the index was told
         self._writes, self._reads = Breaker(clock), Breaker(clock, threshold=_READ_FAILURES)
-        self._last, self._scanned, self.writer = 0.0, False, False
+        self._scanned = self.writer = False
         with self._changing:
             self._open()
 
     def __len__(self) -> int:
-        return len(self._tree)
+        return len(self._known)
 
     def has(self, key: bytes) -> bool:
         """Return whether there is a record by a key; nobody asked for it."""
-        with self._lock:
-            return key in self._tree
+        return self._known.get(key) is not None
 
     def find(self, block: BlockId) -> bool:
         """Return whether there is a record by a block's key, and say that it was asked for."""
-        with self._lock:
-            now = self._now()
-            self._policy.touch(block.key, now)
-            entry = self._tree.get(block.key)
-            if entry is None or (self._reads.is_open and not self._reads.allows()):
-                return False
-            entry.used = now
-            self._used.add(block.key)
-            return True
+        if not self._known.ask(block.key) or (self._reads.is_open and not self._reads.allows()):
+            return False
+        return self._known.use(block.key)
 
     def read(self, block: BlockId, layout: str, out: memoryview) -> bytes | None:
         """Write the payload of a block to `out`, and return its xxh3_128; None: there is none that is whole and just
         this, and `out` may have been written to."""
-        with self._lock:
-            entry = self._tree.get(block.key)
+        entry = self._known.get(block.key)
         if entry is None:
             return None
         name = record_name(block.key)
@@ -110,7 +99,7 @@ class DiskStore:
             if checksum(out) != header.raw_sum:
                 raise RecordError("codec", "its payload was stored as another")
         except FileNotFoundError:  # the process that writes has given it up
-            self._forget(block.key)
+            self._known.cut(block.key)
             return None
         except OSError as error:
             self._failed(self._reads, f"{name} cannot be read", error)
@@ -135,20 +124,18 @@ class DiskStore:
         with self._changing:
             if self._refuses(block) or not self._writes.allows():
                 return self.has(block.key)
-            entry = entry_of(header, self._now())
+            entry = entry_of(header, self._known.now())
             try:
-                fits = self._make_room(entry)
-                if fits:
-                    self._files.publish(entry.key, (header.pack(), stored))
+                if not self._make_room(entry):
+                    return False
+                self._files.publish(entry.key, (header.pack(), stored))
+                if not self._known.add(entry):
+                    self._files.remove([entry.key])
+                    return False
             except OSError as error:
-                with self._lock:
-                    self._policy.remove(entry.key)
+                self._known.refuse(entry)
                 self._failed(self._writes, f"{record_name(block.key)} cannot be written", error)
                 return False
-            if not fits:
-                return False
-            with self._lock:
-                self._tree.add(entry)
             self._writes.succeeded()
             if self._index is not None:
                 self._index.put([entry])
@@ -158,31 +145,29 @@ class DiskStore:
 
     def pin(self, key: bytes, until: float) -> bool:
         """Keep a record, and those before it, until a time; 0: no longer. False: there is none, or it is not ours."""
-        with self._changing, self._lock:
-            entry = self._tree.get(key)
-            if entry is None or not self.writer:
+        with self._changing:
+            entry = self._known.pin(key, until) if self.writer else None
+            if entry is None:
                 return False
-            self._set_pin(entry, until)
             if self._index is not None:
                 self._index.put([entry])
             return True
 
     def entries(self) -> list[Entry]:
         """Return what is known of all records, parents before children."""
-        with self._lock:
-            return self._tree.nodes()
+        return self._known.entries()
 
     def remove(self, key: bytes) -> bool:
         """Remove a record and those behind it. False: there is none, or it is not ours to remove. OSError."""
         with self._changing:
-            gone = self._forget(key) if self.writer else []
+            gone = self._known.cut(key) if self.writer else []
             self._drop(gone)
             return bool(gone)
 
     def quarantine(self, key: bytes) -> None:
         """Put a record aside, and give up those behind it."""
         with self._changing:
-            gone = self._forget(key)
+            gone = self._known.cut(key)
             if not gone or not self.writer:
                 return
             self._counters.add("disk_quarantined")
@@ -205,12 +190,7 @@ class DiskStore:
                 self._open()
             if not self.writer or not self._writes.allows():
                 return
-            with self._lock:
-                now = self._now()
-                for entry in self._tree.nodes():
-                    if 0 < entry.pinned <= now:
-                        self._set_pin(entry, 0.0)
-                gone = [entry for key in self._policy.expire(now) for entry in self._cut(key)]
+            gone = self._known.expire()
             self._counters.add("disk_evicted", len(gone))
             self._drop(gone)
             self._tell_index()
@@ -222,22 +202,12 @@ class DiskStore:
             if self._index is not None:
                 self._index.close()
             self._index, self.writer, self._scanned = None, False, False
-            with self._lock:
-                self._tree = Tree()
+            self._known.replace(())
             self._folder.shut()
 
     def check(self) -> None:
-        """Assert that the policy and the tree know the same records."""
-        with self._lock:
-            entries = self._tree.nodes()
-            assert len(self._policy) == len(entries), "the policy knows other records"
-            assert all(entry.key in self._policy for entry in entries)
-            assert self._policy.used == sum(entry.size for entry in entries)
-
-    def _now(self) -> float:
-        """Return the time, which never goes back."""
-        self._last = max(self._last, self._clock())
-        return self._last
+        """Assert that what is known of records goes together."""
+        self._known.check()
 
     def _open(self) -> None:
         """Find out what is in the folder, and become its writer if there is none."""
@@ -247,39 +217,11 @@ class DiskStore:
                 if self._index is not None:
                     self._index.close()
                 self._index = self._make_index(not self.writer)
-            found = scan(self._folder, self._index.entries() if self._index is not None else (), self._now())
-            gone = self._take(found)
+            found = scan(self._folder, self._index.entries() if self._index is not None else (), self._known.now())
+            gone = self._known.replace(found.entries)
             self._scanned = True
             if self.writer:
                 self._tidy(found, gone)
-
-    def _take(self, found: Found) -> list[Entry]:
-        """Have the records that were found be those that are known, and return those that the policy gave up."""
-        with self._lock:
-            for entry in self._tree.nodes():
-                self._cut(entry.key)
-            for entry in found.entries:
-                self._tree.add(entry)
-            gone: list[Entry] = []
-            kept = self._kept(found.entries)
-            first = min((entry.used for entry in found.entries), default=0.0)
-            # What is pinned comes before all else. A block is used no later than what it continues, so those before it
-            # come later, or with it.
-            for entry in sorted(found.entries, key=lambda e: (e.key not in kept, e.used, e.position)):
-                if entry.key in self._tree:
-                    until, entry.pinned = entry.pinned, 0.0
-                    gone += self._insert(entry, first if entry.key in kept else entry.used)[1]
-                    if entry.key in self._policy and until > self._last:
-                        self._set_pin(entry, until)
-            return gone
-
-    def _kept(self, entries: list[Entry]) -> set[bytes]:
-        """Return the keys of records that are pinned, and of those before them. entries: parents before children."""
-        kept: set[bytes] = set()
-        for entry in reversed(entries):
-            if entry.pinned > self._last or entry.key in kept:
-                kept |= {entry.key, entry.parent}
-        return kept
 
     def _tidy(self, found: Found, gone: list[Entry]) -> None:
         """Remove what nothing will ever read."""
@@ -298,43 +240,29 @@ class DiskStore:
     def _make_room(self, entry: Entry) -> bool:
         """Have the policy know a record that is to be written, and return whether it may be, once those that go for it
         were removed. OSError."""
-        with self._lock:
-            fits, gone = self._insert(entry, entry.used)
+        fits, gone = self._known.reserve(entry)
         short = self._options.min_free + entry.size - self._folder.free_bytes() if fits else 0
         if short > 0:
-            with self._lock:
-                self._policy.pin(entry.key)
-                gone += [e for key in self._policy.evict(short, entry.used) for e in self._cut(key)]
-                self._policy.unpin(entry.key)
+            gone += self._known.evict(short, entry)
         self._counters.add("disk_evicted", len(gone))
         self._drop(gone)
         full = short > 0 and self._folder.free_bytes() - entry.size < self._options.min_free
-        with self._lock:
-            if not fits or full or not self._tree.takes(entry):
-                self._policy.remove(entry.key)
-                return False
+        if fits and not full and self._known.takes(entry):
             return True
+        self._known.refuse(entry)
+        return False
 
     def _refuses(self, block: BlockId) -> bool:
         """Return whether a record is there, what it continues is not, or nothing can be written."""
-        with self._lock:
-            return not self.writer or not self._scanned or not self._tree.takes(block)
+        return not self.writer or not self._scanned or not self._known.takes(block)
 
     def _give_up(self, key: bytes) -> None:
         """Remove a record that cannot be read, and those behind it."""
         with self._changing:
-            gone = self._forget(key)
+            gone = self._known.cut(key)
             if self.writer:
                 with self._guarded("a record cannot be removed"):
                     self._drop(gone)
-
-    def _insert(self, entry: Entry, now: float) -> tuple[bool, list[Entry]]:
-        tenant = entry.namespace.hex()
-        fits, keys = self._policy.insert(entry.key, entry.parent, entry.size, entry.position, now, tenant)
-        gone = [removed for key in keys for removed in self._cut(key)]
-        if not fits and entry.key in self._tree:
-            gone += self._cut(entry.key)
-        return fits, gone
 
     def _drop(self, entries: list[Entry]) -> None:
         """Remove records of which nothing is known any more. OSError."""
@@ -343,27 +271,8 @@ class DiskStore:
             self._index.remove(keys)
         self._files.remove(keys)
 
-    def _cut(self, key: bytes) -> list[Entry]:
-        gone = self._tree.cut(key)
-        for entry in gone:
-            self._policy.remove(entry.key)
-        return gone
-
-    def _forget(self, key: bytes) -> list[Entry]:
-        with self._lock:
-            return self._cut(key)
-
-    def _set_pin(self, entry: Entry, until: float) -> None:
-        if entry.pinned:
-            self._policy.unpin(entry.key)
-        if until:
-            self._policy.pin(entry.key)
-        entry.pinned = until
-
     def _tell_index(self) -> None:
-        with self._lock:
-            used = [entry for key in self._used if (entry := self._tree.get(key)) is not None]
-            self._used.clear()
+        used = self._known.used()
         if self._index is not None:
             self._index.put(used)
 

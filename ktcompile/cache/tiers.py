@@ -81,6 +81,10 @@ class Tiers:
         """What happened so far, by the names of `counters.NAMES`."""
         return self._counters.snapshot()
 
+    def watch(self, watch: Callable[[str, int], None]) -> None:
+        """Have a function told of what happens, as of `Counters`."""
+        self._counters.watch = watch
+
     def lookup(self, blocks: Sequence[BlockId]) -> list[str]:
         """Return the tiers of the first blocks of a sequence, up to the first that is nowhere."""
         tiers = []
@@ -145,6 +149,12 @@ class Tiers:
         A copy that has begun is waited for.
         """
         return self._readings.take_back()
+
+    def settle(self, seconds: float) -> bool:
+        """Return whether all that `store` was given before this call is kept or refused within a time. The caller's
+        thread waits for it."""
+        done = threading.Event()
+        return self._storers.submit(done.set) and done.wait(seconds)
 
     def forget(self, blocks: Sequence[BlockId]) -> None:
         """Have blocks found no more, nor those behind them: what they contain may be wrong."""

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ktcompile.cli import cache_warm
 from ktcompile.cli.sizes import human
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ examples:
   ktc cache fsck                                 # headers, parents, what is left of unfinished records; changes nothing
   ktc cache fsck --repair
   ktc cache scrub                                # reads every byte; damaged records are put aside
+  ktc cache warm --kv-disk-path ~/kv --role system assistant.txt   # computed now, for the next start of `ktc serve`
   ktc cache pin 1e6a252f --ttl 86400             # a key of `ls`, or enough of it; keeps its prefix too
   ktc cache pin 1e6a252f --undo
   ktc cache export warm.ktkv --namespace 9f31    # for another machine of the same model and numerics
@@ -53,6 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     fsck.add_argument("--repair", action="store_true", help="remove or put aside what is not whole")
     scrub = _action(actions, "scrub", "read all bytes and compare checksums", _scrub)
     scrub.add_argument("--dry-run", action="store_true", help="leave damaged records where they are")
+    cache_warm.add_parser(actions)
     pin = _action(actions, "pin", "keep a record and those before it", _pin)
     pin.add_argument("key", metavar="KEY")
     pin.add_argument("--ttl", type=float, default=math.inf, metavar="SECONDS", help="for how long (default: for good)")

@@ -30,7 +30,8 @@ examples:
 
 A model without a chat template, such as the small one of the package, gets messages one after the other.
 """
-_OTHERS = ("model", "log_format", "log_level")
+# Settings that are no fields of records.
+OTHERS = ("model", "log_format", "log_level")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_installed()
     from ktcompile.server.run import bind, serve, url_of
 
-    settings = settings_of(args, ServerOptions, EngineOptions, others=_OTHERS)
+    settings = settings_of(args, ServerOptions, EngineOptions, others=OTHERS)
     options: ServerOptions = of_record(ServerOptions, settings)
     engine_options: EngineOptions = of_record(EngineOptions, settings)
     if options.trace and find_spec("opentelemetry.sdk") is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ktcompile.cache.key import root
+from ktcompile.cache.key import child, root
 from ktcompile.cache.rates import Rates
 from ktcompile.cache.transfer import BlockMemory
 from ktcompile.engine.answers import Answer, Delta, ServedRequest
@@ -51,6 +51,7 @@ class EngineStats:
     num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is
     held, 0 to 1. prompt_tokens, generated_tokens: of answers that began to come, and of all answers.
     prefix_cache_queries, prefix_cache_hits: tokens of prompts that began to run, and those that were not computed then.
+    prefix_cache_evictions: blocks that could be found and were handed out again.
     """
 
     num_running: int
@@ -64,6 +65,7 @@ class EngineStats:
     steps: int
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    prefix_cache_evictions: int = 0
 
 
 class Engine:
@@ -121,7 +123,7 @@ class Engine:
             self._runner.layers,
             weights=weights or secrets.token_hex(),  # nobody else's
         )
-        self._caches, self._block_size = options.enable_prefix_caching, options.block_size
+        self._caches, self.block_size = options.enable_prefix_caching, options.block_size
         self._pool = BlockPool(self._runner.num_blocks)
         memory = BlockMemory(self._runner.storage)
         opened = open_tiers(options, memory, self._runner.kv_bytes, clock)
@@ -220,6 +222,26 @@ class Engine:
         where there are none. Any thread may call."""
         return {} if self._tiers is None else self._tiers.counters
 
+    def watch_tiers(self, watch: Callable[[str, int], None]) -> None:
+        """Have a function told of what happens in the tiers behind the device, by the names of `tier_counters`. Any
+        thread may call it, and it must be quick."""
+        if self._tiers is not None:
+            self._tiers.watch(watch)
+
+    def kept_tokens(self, prompt_token_ids: Sequence[int], cache_salt: str = "", seconds: float = 0.0) -> int:
+        """Return how many tokens of a prompt the tiers behind the device have, in whole blocks from the first on. What
+        they were given is waited for, until it is kept or refused, for `seconds` at most."""
+        if self._tiers is None:
+            return 0
+        self._tiers.settle(seconds)
+        key, size = root(self.namespace, cache_salt, self._secret), self.block_size
+        whole = len(prompt_token_ids) // size * size
+        for begin in range(0, whole, size):
+            key = child(key, prompt_token_ids[begin : begin + size])
+            if not self._tiers.has(key):
+                return begin
+        return whole
+
     def close(self) -> None:
         """Write to disk what only the host has, and end the threads of the tiers; they are used no more. It takes some
         seconds at most."""
@@ -241,6 +263,7 @@ class Engine:
             steps=self._steps,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
             prefix_cache_hits=self._scheduler.prefix_cache_hits,
+            prefix_cache_evictions=self._pool.num_evicted,
         )
 
     def _run(self, step: Step, deltas: list[Delta]) -> None:
@@ -249,7 +272,7 @@ class Engine:
             answer = self._answers[start.request_id]
             answer.num_cached_tokens = start.num_cached_tokens
             prompt_tokens = len(answer.request.prompt_ids)
-            answer.receipt = receipt_of(start, prompt_tokens, self._block_size, self._scheduler.recompute)
+            answer.receipt = receipt_of(start, prompt_tokens, self.block_size, self._scheduler.recompute)
         sampled: dict[str, int] = {}
         try:
             self._compute(step, sampled, deltas)

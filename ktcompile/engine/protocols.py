@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ktcompile.engine.outputs import FinishReason
@@ -39,6 +39,7 @@ class EngineLike(Protocol):
     def step(self) -> Sequence[Delta]: ...
     def stats(self) -> EngineStats: ...
     def tier_counters(self) -> dict[str, int]: ...
+    def watch_tiers(self, watch: Callable[[str, int], None]) -> None: ...
     def close(self) -> None: ...
 
 

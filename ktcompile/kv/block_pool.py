@@ -38,6 +38,7 @@ class BlockPool:
         self._holders = [0] * num_blocks
         self._name_of: dict[int, BlockName] = {}
         self._with_key: dict[bytes, int] = {}
+        self.num_evicted = 0  # blocks that were handed out again and had a name
 
     @property
     def num_free(self) -> int:
@@ -65,6 +66,7 @@ class BlockPool:
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in taken:
             self._holders[block] = 1
+            self.num_evicted += block in self._name_of
             self._drop_name(block)
         return taken
 

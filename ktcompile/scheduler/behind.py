@@ -13,7 +13,7 @@ from ktcompile.kv.block_pool import BlockPool
 from ktcompile.scheduler.request import Request
 
 # Blocks that wait to be copied at a time: those of the longest steps.
-_MOST_KEPT = 256
+MOST_KEPT = 256
 
 
 @dataclass(slots=True)
@@ -77,7 +77,7 @@ class Behind:
 
     def keep(self, request: Request) -> None:
         """Have blocks of a request kept that have names, as many as may be read at a time; the rest when asked next."""
-        while request.num_kept < request.num_named and len(self._reading) < _MOST_KEPT:
+        while request.num_kept < request.num_named and len(self._reading) < MOST_KEPT:
             number = request.num_kept
             block, name = request.block_table[number], request.block_names[number]
             known = self._pool.name_of(block) == name  # or another block has the content, and is kept for it

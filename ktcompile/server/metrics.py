@@ -20,6 +20,7 @@ from ktcompile.runtime.prometheus import CONTENT_TYPE, families
 
 if TYPE_CHECKING:
     from ktcompile.engine.engine import Delta, EngineStats
+    from ktcompile.engine.receipt import Receipt
     from ktcompile.runtime.metrics import ExpertMetrics
     from ktcompile.scheduler.batch import Step
 
@@ -45,7 +46,8 @@ class PromptChunk:
 @dataclass(slots=True)
 class Timing:
     """A request on its way, with times of time.monotonic. started: when its prompt's first tokens were computed.
-    tokens: of all its answers. cached_tokens: of its prompt. chunks: of its prompt, if anybody asks for them."""
+    tokens: of all its answers. cached_tokens: of its prompt; receipt: of these. chunks: of its prompt, if anybody asks
+    for them."""
 
     prompt_tokens: int
     unfinished: int
@@ -54,6 +56,7 @@ class Timing:
     first: float | None = None
     tokens: int = 0
     cached_tokens: int = 0
+    receipt: Receipt | None = None
     last: dict[int, float] = field(default_factory=dict)  # by answer: when it had its last token
     chunks: list[PromptChunk] = field(default_factory=list)
 
@@ -62,7 +65,8 @@ class ServerMetrics:
     """An observer of the engine with a registry of its own.
 
     prefix: of all names, vLLM's as they are: "vllm:". ended: is told of each request that ended, why and when.
-    tier_counters: what happened in the tiers of the prefix cache, by name.
+    evicted: likewise of how many blocks of the device that could be found were handed out again. tier_counters: what
+    happened in the tiers behind it, by name.
     """
 
     def __init__(
@@ -71,12 +75,13 @@ class ServerMetrics:
         prefix: str,
         expert_metrics: Callable[[], ExpertMetrics | None],
         ended: Callable[[str, Timing, str, float], None] | None = None,
+        evicted: Callable[[int], None] = lambda _: None,
         tier_counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_Experts(expert_metrics))
         self.registry.register(_Tiers(tier_counters, model, prefix))
-        self._ended = ended
+        self._ended, self._evicted = ended, evicted
         self._lock = threading.Lock()  # levels are noted by the engine's thread and by who asks for metrics
         self._requests: dict[str, Timing] = {}  # in the order of their arrival
 
@@ -92,6 +97,8 @@ class ServerMetrics:
         self._generated = make(Counter, "generation_tokens", "Tokens of answers.")
         self._cache_queries = make(Counter, "prefix_cache_queries", "Tokens of prompts that began to run.")
         self._cache_hits = make(Counter, "prefix_cache_hits", "Those of them that were cached.")
+        evictions = "Blocks of the device that could be found and were handed out again."
+        self._cache_evictions = make(Counter, "prefix_cache_evictions", evictions)
         self._rejections = make(Counter, "admission_rejections", "Requests that were refused.", ["reason"])
         self._success = make(Counter, "request_success", "Requests that ended.", ["finished_reason"])
         self._model = model
@@ -167,8 +174,17 @@ class ServerMetrics:
                 (self._cache_queries, stats.prefix_cache_queries),
                 (self._cache_hits, stats.prefix_cache_hits),
             ):
-                counter.inc(max(0, total - self._seen[counter]))
-                self._seen[counter] = max(total, self._seen[counter])
+                self._count(counter, total)
+            evicted = self._count(self._cache_evictions, stats.prefix_cache_evictions)
+        if evicted:
+            self._evicted(evicted)
+
+    def _count(self, counter: Any, total: int) -> int:
+        """Have a counter come to a total, and return by how much it grew."""
+        more = max(0, total - self._seen[counter])
+        counter.inc(more)
+        self._seen[counter] += more
+        return more
 
     def _note_prompts(self, step: Step, began: float, ended: float) -> None:
         """Note of requests that have no token yet what the step computed of their prompts."""
@@ -194,7 +210,7 @@ class ServerMetrics:
             self._prefill.observe(now - request.started)
             self._prompt_tokens.inc(request.prompt_tokens)
         if delta.index == 0:
-            request.cached_tokens = delta.num_cached_tokens
+            request.cached_tokens, request.receipt = delta.num_cached_tokens, delta.receipt
         if delta.index in request.last:
             self._itl.observe(now - request.last[delta.index])
             self._latest_itl.append(now - request.last[delta.index])

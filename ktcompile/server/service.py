@@ -111,12 +111,16 @@ class Service:
         self._facts = facts
         self.defaults = defaults or {}
         self._tracing: Tracing | None = None
+        watchers: dict[str, Any] = {}
         if options.trace:
             from ktcompile.server.tracing import Tracing
 
-            self._tracing = Tracing(self.name, options.prices)
-        ended = None if self._tracing is None else self._tracing.ended
-        self.metrics = ServerMetrics(self.name, options.metrics_prefix, expert_metrics, ended, engine.tier_counters)
+            self._tracing = tracing = Tracing(self.name, options.prices)
+            engine.watch_tiers(tracing.happened)
+            watchers = {"ended": tracing.ended, "evicted": lambda blocks: tracing.happened("device_evicted", blocks)}
+        self.metrics = ServerMetrics(
+            self.name, options.metrics_prefix, expert_metrics, tier_counters=engine.tier_counters, **watchers
+        )
         self.prompts = Prompts(engine.tokenizer)
         self.engine = AsyncEngine(engine, max_unread=options.max_unread, observer=self.metrics)
         self.max_model_len = engine.max_model_len

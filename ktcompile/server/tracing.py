@@ -1,8 +1,11 @@
 """Spans of OpenTelemetry, with the attributes of its conventions for generative AI (extra `otel`).
 
 A request is a span `chat MODEL` or `text_completion MODEL` of the caller's trace, with the parts `queue`, `prefill`, of
-which each chunk of the prompt is a part, and `decode`. A request that brings the results of calls is linked to those
-whose answers made the calls. No prompt and no answer is in them.
+which each chunk of the prompt is a part, and `decode`. Tokens that it found in a tier of the prefix cache are an event
+`kv_hit`, and waiting for them is a part `kv_promote` (what it loads anew after it was preempted is counted alone). A
+request that brings the results of calls is linked to those whose answers made the calls. What moves in the tiers for no
+request (blocks that are demoted or evicted, bytes that are damaged) is a span `kv_tier_NAME` of a trace of its own, by
+the name of its counter. No prompt and no answer is in them.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -19,11 +23,15 @@ from ktcompile.server.metrics import Timing
 from ktcompile.server.usage import Prices
 
 if TYPE_CHECKING:
+    from ktcompile.engine.receipt import Receipt
     from ktcompile.server.service import Ask
 
 _FAILED = ("error", "timeout", "abort")
 # Requests and calls of tools whose spans are remembered, for links to them.
 _REMEMBERED = 4096
+# What happens in tiers for no request, by the counters of `ktcompile.cache.counters`, and what of it is a failure.
+_DAMAGED = frozenset({"host_verify_failed", "disk_verify_failed"})
+_MOVED = frozenset({"demoted", "disk_stored", "device_evicted", "host_evicted", "disk_evicted", "disk_quarantined"})
 
 
 class Tracing:
@@ -99,6 +107,8 @@ class Tracing:
                     places = {"ktcompile.chunk.begin": chunk.begin, "ktcompile.chunk.end": chunk.end}
                     self._part("prefill_chunk", part, chunk.began, places).end(self._calendar(chunk.ended))
                 part.end(self._calendar(now if end is None else end))
+        if timing.receipt is not None and timing.started is not None:
+            self._note_receipt(span, timing.receipt, timing.started)
         span.set_attribute("gen_ai.response.finish_reasons", [reason])
         span.set_attribute("gen_ai.usage.output_tokens", timing.tokens)
         span.set_attribute("gen_ai.usage.cache_read.input_tokens", timing.cached_tokens)
@@ -109,6 +119,31 @@ class Tracing:
             span.set_attribute("error.type", reason)
             span.set_status(Status(StatusCode.ERROR))
         span.end(self._calendar(now))
+
+    def happened(self, counter: str, blocks: int) -> None:
+        """Make the span of what happened to blocks, if it belongs to no request. Runs in any thread."""
+        if counter not in _MOVED and counter not in _DAMAGED:
+            return
+        span = self._tracer.start_span(f"kv_tier_{counter}", Context(), attributes={"ktcompile.kv.blocks": blocks})
+        if counter in _DAMAGED:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end()
+
+    def _note_receipt(self, span: Span, receipt: Receipt, started: float) -> None:
+        """Say where what was not computed of a prompt came from. started: when the first of the rest was."""
+        found = {"device": receipt.device_tokens, "host": receipt.host_tokens, "disk": receipt.disk_tokens}
+        for tier, tokens in found.items():
+            if tokens:
+                attributes: dict[str, str | int] = {"ktcompile.kv.tier": tier, "ktcompile.kv.tokens": tokens}
+                span.add_event("kv_hit", attributes, self._calendar(started))
+        if receipt.load_seconds > 0:
+            loaded = {
+                "ktcompile.kv.host.tokens": receipt.host_tokens,
+                "ktcompile.kv.host.bytes": receipt.host_bytes,
+                "ktcompile.kv.disk.tokens": receipt.disk_tokens,
+                "ktcompile.kv.disk.bytes": receipt.disk_bytes,
+            }
+            self._part("kv_promote", span, started - receipt.load_seconds, loaded).end(self._calendar(started))
 
     def _part(self, name: str, of: Span, begin: float, attributes: dict[str, int] | None = None) -> Span:
         context = set_span_in_context(of)

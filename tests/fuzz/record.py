@@ -18,14 +18,17 @@ except ImportError:
 
 if atheris is not None:
     with atheris.instrument_imports(include=["ktcompile.cache.record", "ktcompile.cache.codec"]):
-        from helpers.record_fuzz import check_any_bytes, mutated
+        from helpers.record_fuzz import check_any_bytes, mutated, resealed, sealed
 else:
-    from helpers.record_fuzz import check_any_bytes, mutated
+    from helpers.record_fuzz import check_any_bytes, mutated, resealed, sealed
 
 
 def one_input(data: bytes) -> None:
     check_any_bytes(data)
     check_any_bytes(mutated(data[:60]))
+    check_any_bytes(resealed(data[:60]))
+    if len(data) > 3:
+        check_any_bytes(sealed(data[0] % 8, int.from_bytes(data[1:3], "little"), data[3:]))
 
 
 def main() -> None:

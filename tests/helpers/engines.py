@@ -87,3 +87,10 @@ def check_empty(engine: Engine) -> None:
 def memory_of(engine: Engine, positions: int) -> int:
     """Return the bytes of keys and values of so many positions."""
     return engine._runner.kv_bytes * positions // (engine.stats().num_blocks * SMALL["block_size"])
+
+
+def push_out(engine: Engine) -> None:
+    """Have all blocks of the device handed out to others, of which no tier is given anything."""
+    blocks = engine._pool.take(engine._pool.num_blocks)
+    assert blocks is not None
+    engine._pool.release(blocks)

@@ -93,6 +93,9 @@ class FakeEngine:
     def tier_counters(self) -> dict[str, int]:
         return {}
 
+    def watch_tiers(self, watch: Callable[[str, int], None]) -> None:
+        pass
+
     def close(self) -> None:
         self.closed = True
 

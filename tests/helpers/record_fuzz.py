@@ -27,6 +27,19 @@ def mutated(choice: bytes) -> bytes:
     return bytes(record)
 
 
+def resealed(choice: bytes) -> bytes:
+    """Return what `mutated` does, with the checksum that a header of this size would have."""
+    record, size = bytearray(mutated(choice)), parse(good_record()).size
+    record[size - 16 : size] = checksum(record[: size - 16])
+    return bytes(record)
+
+
+def sealed(number: int, raw_size: int, stored: bytes) -> bytes:
+    """Return a record of any payload, all of whose checksums are right: what codec `number` is given to decode."""
+    header = Header(blocks(2)[1], LAYOUT, number, raw_size, len(stored), checksum(stored), bytes(16))
+    return header.pack() + stored
+
+
 def check_any_bytes(data: bytes) -> None:
     """Read bytes as a record, as the disk tier does. AssertionError: what is taken is not what was written."""
     try:
