@@ -27,9 +27,11 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   const auto set = [&t](format f, void (*gemm)(const gemm_job&)) { t.gemm[static_cast<int>(f)] = gemm; };
   if (!rows_in_bf16) {
     set(format::f32, each_panel<gemm<fma_step<format::f32>>>);
-    set(format::f16, each_panel<gemm<fma_step<format::f16>>>);
+    set(format::f16, each_panel<gemm_16<format::f16>>);
+    set(format::bf16, each_panel<gemm_16<format::bf16>>);
+  } else {
+    set(format::bf16, each_panel<gemm<Step>>);
   }
-  set(format::bf16, each_panel<gemm<Step>>);
   using codes = unpacked_step<Step>;
   set(format::int8, gemm_int8<codes>);
   set(format::int4, gemm_int4<codes>);

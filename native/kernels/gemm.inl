@@ -106,7 +106,9 @@ template <class Step, bool Stream, int M, int N>
                                              std::size_t pairs, prefetch& fetch) {
   for (std::size_t p = 0; p < pairs; ++p) {
     if constexpr (Stream)
-      for (std::size_t line = 0; line < Step::pair_bytes; line += 64) fetch_ahead(w + line, fetch);
+      for (std::size_t row = 0; row < Step::pair_bytes; row += panel_columns * Step::lane_bytes)
+        for (std::size_t line = 0; line < N * vec::lanes * Step::lane_bytes; line += 64)
+          fetch_ahead(w + row + line, fetch);
     for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
     Step::run(acc, w, a);
     a += Step::a_per_row * M;
@@ -117,11 +119,13 @@ template <class Step, bool Stream, int M, int N>
 // M rows by N vectors of columns, kept in registers over all pairs. `Stream`: w comes from memory.
 template <class Step, bool Stream, int M, int N>
 [[gnu::noinline]] void tile(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, int column,
-                            prefetch fetch, const carried& job) {
+                            prefetch& ahead, const carried& job) {
+  prefetch fetch = ahead;
   vec::f32 acc[M][N];
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) acc[m][n] = job.first ? vec::zero() : vec::load(c + m * panel_columns + n * vec::lanes);
   sum_pairs<Step, Stream>(acc, w, a, pairs, fetch);
+  ahead.next = fetch.next;
   if (job.scale) {
     KT_UNROLLED (n, N) {
       const vec::f32 scale = vec::load(job.scale + column + n * vec::lanes);
@@ -134,7 +138,8 @@ template <class Step, bool Stream, int M, int N>
 
 template <class Step, bool Stream, int M, int N>
 [[gnu::noinline]] void tile(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, int column,
-                            prefetch fetch, const grouped& job) {
+                            prefetch& ahead, const grouped& job) {
+  prefetch fetch = ahead;
   for (std::size_t g = 0; g < job.groups; ++g) {
     vec::f32 acc[M][N];
     KT_UNROLLED (m, M)
@@ -149,17 +154,23 @@ template <class Step, bool Stream, int M, int N>
       }
     }
   }
+  ahead.next = fetch.next;
 }
 
-// All 32 columns of M rows, in as many passes as the registers ask for.
+// All 32 columns of M rows, in as many passes as the registers ask for. Each pass fetches its part of the lines.
 template <class Step, bool Stream, class Job, int M>
 void tile_columns(const char* w, const typename Step::a_type* a, std::size_t pairs, float* c, prefetch fetch,
                   const Job& job) {
   constexpr int n = vec::tile_vectors(M);
   static_assert(column_vectors % n == 0);
-  for (int v = 0; v < column_vectors; v += n)
-    tile<Step, Stream, M, n>(w + v * vec::lanes * Step::lane_bytes, a, pairs, c + v * vec::lanes, v * vec::lanes,
-                             v == 0 ? fetch : prefetch{fetch.distance, nullptr, 0, fetch.near}, job);
+  constexpr int passes = column_vectors / n;
+  const int lines = fetch.lines;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int v = pass * n;
+    fetch.lines = lines * (pass + 1) / passes - lines * pass / passes;
+    tile<Step, Stream, M, n>(w + v * vec::lanes * Step::lane_bytes, a, pairs, c + v * vec::lanes, v * vec::lanes, fetch,
+                             job);
+  }
 }
 
 // Functions by number of rows, 1 to `most`, each made by `make` from that number as a compile-time constant.

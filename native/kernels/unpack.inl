@@ -342,6 +342,30 @@ void gemm_carried(const gemm_job& job) {
   }
 }
 
+// Weights of 16 bits, made fp32 once for all rows where the job asks for that and several tiles share them.
+template <format W>
+void gemm_16(const gemm_job& job) {
+  using step = fma_step<format::f32>;
+  constexpr int few_tiles = 3;
+  if (!job.widen || tiling<>(job.rows).count <= few_tiles) return gemm<fma_step<W>>(job);
+  constexpr std::size_t chunk = chunk_k<step::pair_bytes>;
+  alignas(64) char wide[unpacked_bytes];
+  const panel_layout& l = *job.layout;
+  for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
+    end = least(k + chunk, job.k_end);
+    const std::size_t pairs = (end - k) / 2;
+    const char* from = static_cast<const char*>(job.panel) + l.code_offset(k);
+    float* to = reinterpret_cast<float*>(wide);
+    for (std::size_t p = 0; p < pairs; ++p, from += weights<W>::pair_bytes, to += 2 * panel_columns) {
+      KT_UNROLLED (v, column_vectors) {
+        vec::store(to + v * vec::lanes, weights<W>::even(from, v));
+        vec::store(to + panel_columns + v * vec::lanes, weights<W>::odd(from, v));
+      }
+    }
+    tile_rows<step, false>(job, wide, k, pairs, carried{k == 0, nullptr}, chunk_fetch(job, end, chunk, pairs));
+  }
+}
+
 template <class Step>
 void gemm_int8(const gemm_job& job) {
   gemm_carried<Step, format::int8>(job);

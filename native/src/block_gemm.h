@@ -17,15 +17,24 @@ inline std::size_t l2_bytes() {
 
 // How weights are fetched ahead. Measured on Zen 4 and 5, which read a stream best when they are asked for that stream
 // alone, and on Emerald Rapids, whose first-level cache can wait for no more than 16 lines: there the next panel is
-// fetched into the second level. The first Zens (family 23; measured on Zen 1) are a tenth faster in two steps.
-struct prefetching {
+// fetched into the second level. The first Zens (family 23; measured on Zen 1) are a tenth faster in two steps, of
+// which one row, the fastest reader, takes the second alone. There what makes numbers fp32 takes turns with the
+// products: it is done once for many rows.
+struct machine_habits {
   std::size_t floats, codes;  // bytes ahead
   std::size_t near_floats;    // bytes ahead of the second step; 0: there is one
   bool stream_alone;          // of floats and int4_dyn, for few rows; more take as long as the next panel's way here
+  bool widen;
 };
-inline prefetching prefetching_here() {
-  if (!cpu_is_amd()) return {1024, 1024, 0, false};
-  return {8192, 2048, cpu_family() == 23 ? 512u : 0u, true};
+inline machine_habits habits_here() {
+  if (!cpu_is_amd()) return {1024, 1024, 0, false, false};
+  const bool first_zens = cpu_family() == 23;
+  return {8192, 2048, first_zens ? 1024u : 0u, true, first_zens};
+}
+// Of the weights that begin to be multiplied; tests change them.
+inline machine_habits& habits() {
+  static machine_habits here = habits_here();
+  return here;
 }
 
 // Kernels of one weight on rows of one kind.
@@ -35,12 +44,13 @@ class block_gemm {
       : gemm_(kernels.gemm[static_cast<int>(w.layout().format.kind)]),
         w_(w),
         row_bytes_(w.layout().k * kernels.rows_for(w.layout().format.kind).bytes) {
-    static const prefetching here = prefetching_here();
+    const machine_habits& here = habits();
     const bool floats = is_float(w.layout().format.kind);
     distance_ = floats ? here.floats : here.codes;
     near_ = floats ? here.near_floats : 0;
     const bool streams = floats || w.layout().format.kind == format::int4_dyn;
     stream_rows_ = streams && here.stream_alone ? few_rows : 0;
+    widen_ = here.widen;
   }
 
   std::size_t row_bytes() const { return row_bytes_; }
@@ -57,6 +67,7 @@ class block_gemm {
            const float* row_scale, float* c, const char* following, F done) const {
     const panel_layout& l = w_.layout();
     const std::size_t step = chunk(rows), most = at_once(rows);
+    const bool one_step = rows == 1 && near_;
     for (std::size_t begin = first; begin < last; begin += most) {
       const std::size_t end = std::min(begin + most, last);
       const char* after = end < last ? w_.panel(expert, end) : following;
@@ -69,8 +80,8 @@ class block_gemm {
                              : k_end < l.k   ? w_.panel(expert, begin) + l.code_offset(k_end)
                                              : after;
           gemm_({w_.panel(expert, p), static_cast<int>(count), &l, rows_packed, static_cast<int>(rows), k, k_end,
-                 c + (p - begin) * rows * panel_columns, row_scale, rows <= stream_rows_ ? nullptr : next, distance_,
-                 near_});
+                 c + (p - begin) * rows * panel_columns, row_scale, rows <= stream_rows_ ? nullptr : next,
+                 one_step ? near_ : distance_, one_step ? 0 : near_, widen_});
         }
       }
       for (std::size_t p = begin; p < end; ++p) done(p, c + (p - begin) * rows * panel_columns);
@@ -98,6 +109,7 @@ class block_gemm {
   const packed_weight& w_;
   const std::size_t row_bytes_;
   std::size_t distance_, near_, stream_rows_;
+  bool widen_;
 };
 
 }  // namespace kt

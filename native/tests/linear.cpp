@@ -226,6 +226,28 @@ void test_row_counts() {
     }
 }
 
+// Weights of 16 bits that become fp32 once for many rows, and as they lie.
+void test_widened() {
+  unsigned n = 11'900;
+  for (format kind : {format::bf16, format::f16})
+    for (const kt::isa* i : isas) {
+      const kt::weight_format f{kind};
+      if (!has_kernels(*i, f, type_for(f)) || std::string(i->name) == "amx_emu") continue;
+      linear_case c{f, 41, 390, 70, type_for(f), true, false};
+      linear_layer l(c, ++n);
+      const kt::packed_weight w = l.pack();
+      const std::string label = describe(c) + " [" + i->name + "]";
+      bool& widen = kt::habits().widen;
+      const bool here = widen;
+      widen = true;
+      const outcome once = checked_run(2, w, *i->kernels, l, 0, c.rows, label + " widened");
+      widen = false;
+      same(once, 0, checked_run(2, w, *i->kernels, l, 0, c.rows, label), c.rows, l, label + " widened");
+      widen = here;
+      compare(l, once, *i, {0, 17, 40}, label + " widened");
+    }
+}
+
 // Rows that do not fit into the cache: products are blocked in K, and for many panels in columns too.
 void test_wide_linear() {
   if (quick) return;
@@ -430,6 +452,7 @@ void test_no_rows() {
 const std::vector<test> linear_tests = {
     {"linear kinds", test_linear_kinds},
     {"linear rows", test_row_counts},
+    {"widened weights", test_widened},
     {"wide linear", test_wide_linear},
     {"codes", test_codes},
     {"great integers", test_great_integers},

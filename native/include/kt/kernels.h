@@ -81,6 +81,7 @@ struct gemm_job {
   const void* next;        // the same part of the panel or panels to come, fetched meanwhile; null: nothing
   std::size_t distance;    // how far ahead in the panel itself, bytes
   std::size_t near;        // 0, or where what `distance` brought as far as the second level comes into the first
+  bool widen;              // whether weights of 16 bits are faster as fp32, where many rows share them
 };
 
 // c [rows][32] -> columns [column, column + 16 or 32) of the packed block of the next GEMM.
