@@ -279,7 +279,7 @@ class Engine:
                 rows.append(places[i + 1] - 1)
         if not chosen:
             return
-        wanted = logits if rows == list(range(len(logits))) else logits[rows]
+        wanted = logits if len(rows) == logits.shape[0] else logits[rows]
         tokens = _sample(wanted, [answer.completion.state for answer in chosen])
         for answer, token in zip(chosen, tokens, strict=True):
             name = answer.name

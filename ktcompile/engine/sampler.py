@@ -125,10 +125,10 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
 
     NotFiniteError: the largest logit of a row is NaN or infinite.
     """
-    assert logits.dim() == 2 and len(logits) == len(states), f"{len(states)} states for logits {tuple(logits.shape)}"
     # What a step of decode does here is not in the processor's caches, so each operation costs more than its work.
     rows = logits if logits.dtype == torch.float32 else logits.float()
-    values = rows.numpy(force=True)
+    values = rows.numpy()
+    assert values.ndim == 2 and values.shape[0] == len(states), f"{len(states)} states for logits {values.shape}"
     scratch: Row | None = None  # for all rows: memory that is new costs as much as what is done in it
     found: list[Sampled] = []
     wrong: list[int] = []
