@@ -19,7 +19,7 @@ from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
 from ktcompile.engine.namespace import namespace_of, weights_of
 from ktcompile.engine.options import EngineOptions
-from ktcompile.engine.outputs import FinishReason
+from ktcompile.engine.outputs import FinishReason, Logprobs
 from ktcompile.engine.receipt import receipt_of
 from ktcompile.engine.runner import ModelRunner
 from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample
@@ -171,8 +171,8 @@ class Engine:
         for index in range(params.n):
             completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
             name = f"{request_id}/{index}"
-            request.answers[name] = Answer(request, name, completion, index)
-        asked = params.prompt_logprobs is not None
+            asked = params.prompt_logprobs is not None and index == 0
+            request.answers[name] = Answer(request, name, completion, index, asked)
         added: list[str] = []
         try:
             for name, answer in request.answers.items():
@@ -181,7 +181,7 @@ class Engine:
                     prompt_ids,
                     limit,
                     deadline=deadline,
-                    prompt_logits=asked and answer.index == 0,
+                    prompt_logits=answer.asks_prompt,
                     root=parent,
                 )
                 added.append(name)
@@ -272,7 +272,7 @@ class Engine:
         rows: list[int] = []
         for i, chunk in enumerate(step.chunks):
             answer = self._answers[chunk.request_id]
-            if answer.request.params.prompt_logprobs is not None:
+            if answer.asks_prompt:
                 answer.note_prompt(chunk, logits[places[i] : places[i + 1]])
             if chunk.samples:
                 chosen.append(answer)
@@ -282,28 +282,31 @@ class Engine:
         wanted = logits if len(rows) == logits.shape[0] else logits[rows]
         tokens = _sample(wanted, [answer.completion.state for answer in chosen])
         for answer, token in zip(chosen, tokens, strict=True):
-            name = answer.name
             if token is None:
-                deltas.append(self._end(name, "error"))
+                deltas.append(self._end(answer.name, "error"))
             else:
-                sampled[name] = token.token_id
+                sampled[answer.name] = token.token_id
                 deltas.append(self._take(answer, token))
 
     def _take(self, answer: Answer, token: Sampled) -> Delta:
         """Add a token to an answer, and return what it becomes."""
-        request, completion = answer.request, answer.completion
+        completion = answer.completion
         text = completion.add(token)
         self._generated_tokens += 1
-        of_prompt = None
-        if not answer.began:
-            answer.began = True
-            self._prompt_tokens += len(request.prompt_ids)
-            if request.params.prompt_logprobs is not None and answer.index == 0:
-                of_prompt = [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
+        of_prompt = None if answer.began else self._first(answer)
         if completion.finish_reason is not None:
             self._scheduler.finish(answer.name)
             self._forget(answer.name)
         return answer.delta(text, (token.token_id,), completion.last_logprobs, of_prompt)
+
+    def _first(self, answer: Answer) -> list[Logprobs | None] | None:
+        """Note that an answer has its first token, and return what is asked for of the prompt's tokens."""
+        answer.began = True
+        self._prompt_tokens += len(answer.request.prompt_ids)
+        if not answer.asks_prompt:
+            return None
+        answer.asks_prompt = False
+        return [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
 
     def _end(self, name: str, reason: FinishReason) -> Delta:
         """End an answer that the scheduler still has."""
@@ -339,10 +342,10 @@ class Engine:
         return left if params.max_tokens is None else min(left, params.max_tokens)
 
 
-def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | None]:
+def _sample(logits: Tensor, states: Sequence[SamplingState]) -> Sequence[Sampled | None]:
     """Return the next token of each row; None where logits are not finite."""
     try:
-        return list(sample(logits, states))
+        return sample(logits, states)
     except NotFiniteError as error:
         bad = set(error.rows)
         good = [i for i in range(len(states)) if i not in bad]

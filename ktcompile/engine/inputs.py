@@ -41,6 +41,7 @@ class StepInputs:
         self._written: list[tuple[int, ...]] = [()] * max_num_seqs  # tables of a request are one until it grows
         self.block_table = torch.from_numpy(self._table_BW)
         (self.lengths, self.query_starts), self._of_sequences = _numbers(max_num_seqs, max_num_seqs + 1)
+        self._starts = [0]
         self._shape = (1, 1)
         self._tensors, self._of_tokens = _of_tokens(1, 1)
 
@@ -81,7 +82,11 @@ class StepInputs:
             self._tensors, self._of_tokens = _of_tokens(tokens, len(rows))
         # Bytes that are copied are less work than arrays of numpy, and far less code in a processor whose caches the
         # model has just emptied.
-        self._of_sequences[:] = array("q", lengths + [0] * rest + starts + [tokens] * rest).tobytes()
+        if self._starts != starts:
+            self._starts = starts
+            self._of_sequences[:] = array("q", lengths + [0] * rest + starts + [tokens] * rest).tobytes()
+        else:
+            self._of_sequences[: 8 * len(lengths)] = array("q", lengths).tobytes()
         self._of_tokens[:] = array("q", ids + positions + slots + rows).tobytes()
         return StepTensors(*self._tensors, places)
 

@@ -34,7 +34,7 @@ _ROUNDING = 0.2
 
 
 class StepLogits(NamedTuple):
-    """The logits of a step, [R, V]. places: chunk i has the rows [places[i], places[i + 1])."""
+    """The logits of a step, fp32 [R, V]. places: chunk i has the rows [places[i], places[i + 1])."""
 
     values: Tensor
     places: list[int]
@@ -64,27 +64,22 @@ class ModelRunner:
         storage = allocate(self.kv_format, layers, self.num_blocks, options.block_size)
         self.storage = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
         self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
-        with paged_implementation(model):
+        with paged_implementation(model), torch.no_grad():
             self._forward = forward = self._uncompiled()
             self._refuse_mixing(options.block_size)
         model.set_attn_implementation(hf_paged.NAME)
+        model.requires_grad_(False)  # nothing for gradients is kept in a step, whoever runs it
         if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
             return
         self._forward = self._compiled(forward, options)
         # What modules have as numbers is constant; else each call would be given it anew.
-        with torch._dynamo.config.patch(specialize_float=True):
+        with torch._dynamo.config.patch(specialize_float=True), torch.no_grad():
             self._check_compiled(options.block_size)
 
     def run(self, step: Step) -> StepLogits:
         """Compute a step: store the keys and values of its tokens, and return the logits that it asks for."""
         ids, positions, slots, rows, places = self._inputs.make(step)
-        # Less code than torch.no_grad has, in a processor whose caches the last step has emptied.
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
-        try:
-            return StepLogits(self._forward(ids, positions, slots, rows), places)
-        finally:
-            torch._C._set_grad_enabled(before)
+        return StepLogits(self._forward(ids, positions, slots, rows), places)
 
     def _uncompiled(self) -> Callable[..., Tensor]:
         """Return what runs the model on the tensors of a step."""
@@ -96,7 +91,8 @@ class ModelRunner:
             kept = {"logits_to_keep": rows} if keeps else {}
             result = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, kv_step=kv_step, **kept)
             logits: Tensor = result.logits[0]
-            return logits if keeps else logits[rows]
+            # As tokens are chosen from, which is less work in a compiled step than behind it.
+            return (logits if keeps else logits[rows]).float()
 
         return forward
 

@@ -128,12 +128,13 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     # What a step of decode does here is not in the processor's caches, so each operation costs more than its work.
     rows = logits if logits.dtype == torch.float32 else logits.float()
     values = rows.numpy()
+    cells = values.data
     assert values.ndim == 2 and values.shape[0] == len(states), f"{len(states)} states for logits {values.shape}"
     scratch: Row | None = None  # for all rows: memory that is new costs as much as what is done in it
     found: list[Sampled] = []
     wrong: list[int] = []
     for i, likeliest in enumerate(values.argmax(-1).tolist()):  # NaN where there is one
-        state, token = states[i], likeliest if math.isfinite(values.item(i, likeliest)) else None
+        state, token = states[i], likeliest if math.isfinite(cells[i, likeliest]) else None
         if token is not None and not state.takes_largest:
             scratch = np.empty(values.shape[1]) if scratch is None else scratch
             scratch[:] = values[i]
