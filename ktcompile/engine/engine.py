@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,8 +43,7 @@ __all__ = ["Delta", "Engine", "EngineStats"]
 _MOMENT = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(NamedTuple):
     """How an engine is, and what it did since it began.
 
     num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is

@@ -101,8 +101,9 @@ class SamplingState:
     def adjust(self, logits: Row) -> None:
         """Change a row by what does not depend on the other tokens' logits: steps 2 and 3."""
         params = self.params
-        if self.grammar is not None:
-            np.putmask(logits, ~self.grammar.allowed(len(logits)), -np.inf)
+        allowed = None if self.grammar is None else self.grammar.allowed(len(logits))
+        if allowed is not None:
+            np.putmask(logits, ~allowed, -np.inf)
         if self.num_tokens < params.min_tokens:
             ends = self._ends[self._ends < len(logits)]
             kept = logits[ends]
