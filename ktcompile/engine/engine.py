@@ -25,7 +25,7 @@ from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sam
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.engine.tiers import open_tiers
 from ktcompile.kv.block_pool import BlockPool
-from ktcompile.log import logger
+from ktcompile.log import logger, tell
 from ktcompile.models.load import load, locate
 from ktcompile.models.tokenizer import load_tokenizer
 from ktcompile.runtime.placing import without_new_profile
@@ -67,17 +67,25 @@ class EngineStats(NamedTuple):
 class Engine:
     """A model that serves many requests. One thread calls `add`, `abort` and `step`.
 
-    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: the model cannot run
-    over blocks. Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
+    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. note: is told what happens while it starts,
+    which takes some seconds. UnsupportedModelError: the model cannot run over blocks. Other errors are those of
+    `ktcompile.load`, and ValueError: an option cannot be used.
     """
 
-    def __init__(self, model: str | Path | None = None, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        options: EngineOptions | None = None,
+        *,
+        note: Callable[[str], None] = tell,
+    ) -> None:
         options = options or EngineOptions()
         name = locate(model)
         tokenizer = load_tokenizer(name)
         device = without_new_profile(options).device_options()
+        note("loading the model")
         loaded = load(name, weight_format=options.weight_format, **device)
-        self._begin(loaded, tokenizer, name, options, time.monotonic, weights_of(name, options))
+        self._begin(loaded, tokenizer, name, options, time.monotonic, weights_of(name, options), note)
 
     @classmethod
     def of_model(
@@ -89,11 +97,12 @@ class Engine:
         name: str = "model",
         clock: Callable[[], float] = time.monotonic,
         weights: str | None = None,
+        note: Callable[[str], None] = tell,
     ) -> Engine:
         """Return an engine of a model in memory, whose weights it takes. clock: what deadlines are by, in seconds.
         weights: what names them, and no other model's; None: what is kept on disk is of no use to other engines."""
         self = cls.__new__(cls)
-        self._begin(model, tokenizer, name, options or EngineOptions(), clock, weights)
+        self._begin(model, tokenizer, name, options or EngineOptions(), clock, weights, note)
         return self
 
     def _begin(
@@ -104,12 +113,13 @@ class Engine:
         options: EngineOptions,
         clock: Callable[[], float],
         weights: str | None,
+        note: Callable[[str], None],
     ) -> None:
         self.model_name = name
         self.tokenizer = tokenizer
         self.model = model
         self.vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-        self._runner = ModelRunner(model, options)
+        self._runner = ModelRunner(model, options, note)
         self.max_model_len = self._runner.max_model_len
         self.namespace = namespace_of(
             model,

@@ -44,11 +44,14 @@ class ModelRunner:
     """A model with memory for keys and values of many sequences.
 
     num_blocks, max_model_len: what that memory holds, and how long a sequence may be. kv_format, layers: what it keeps
-    of each position. storage: that memory, by layer. UnsupportedModelError: the model cannot run over blocks, and is as
-    it was. ValueError: there is no memory for one block.
+    of each position. storage: that memory, by layer. note: is told what happens. UnsupportedModelError: the model
+    cannot run over blocks, and is as it was. ValueError: there is no memory for one block.
     """
 
-    def __init__(self, model: PreTrainedModel, options: EngineOptions) -> None:
+    def __init__(
+        self, model: PreTrainedModel, options: EngineOptions, note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        note("running the model on a few tokens, to learn what its layers keep")
         self.model = model
         calls = attention_calls(model)
         longest = _longest(model, options)
@@ -71,6 +74,7 @@ class ModelRunner:
         model.requires_grad_(False)  # nothing for gradients is kept in a step, whoever runs it
         if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
             return
+        note("tracing the model and packing its weights")
         self._forward = self._compiled(forward, options)
         # What modules have as numbers is constant; else each call would be given it anew.
         with torch._dynamo.config.patch(specialize_float=True), torch.no_grad():
