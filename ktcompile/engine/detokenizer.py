@@ -19,6 +19,8 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str: ...
 
+    def __hash__(self) -> int: ...
+
 
 class IncrementalText:
     """Gives the text of each new token once its characters are complete.

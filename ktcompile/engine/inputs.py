@@ -91,13 +91,13 @@ class StepInputs:
         return StepTensors(*self._tensors, places)
 
 
-def _of_tokens(tokens: int, rows: int) -> tuple[list[Tensor], memoryview]:
+def _of_tokens(tokens: int, rows: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], memoryview]:
     """Return the tensors of `StepTensors`, and their bytes."""
     (ids, positions, slots, wanted), memory = _numbers(tokens, tokens, tokens, rows)
-    return [ids[None], positions[None], slots, wanted], memory
+    return (ids[None], positions[None], slots, wanted), memory
 
 
 def _numbers(*counts: int) -> tuple[list[Tensor], memoryview]:
     """Return int64 tensors of so many numbers, zeros, and the bytes of all of them, one behind the other."""
     whole = np.zeros(sum(counts), dtype=np.int64)
-    return list(torch.from_numpy(whole).split(counts)), whole.data.cast("B")
+    return list(torch.from_numpy(whole).split_with_sizes(counts)), whole.data.cast("B")
