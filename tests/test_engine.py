@@ -211,6 +211,13 @@ def test_what_cannot_be_served_is_refused(engine: Engine) -> None:
     check_empty(engine)
 
 
+def test_a_start_says_what_happens() -> None:
+    phases: list[str] = []
+    options = EngineOptions(kv_device_memory=1 << 20)
+    Engine.of_model(build_model(), byte_level_tokenizer(), options, note=phases.append)
+    assert [phase.split()[0] for phase in phases] == ["running", "tracing"]
+
+
 def test_of_several_answers_all_are_taken_or_none() -> None:
     engine = engine_of(build_model(), **EAGER, max_queued_requests=3)
     engine.add("a", [1], GREEDY)

@@ -186,3 +186,9 @@ def test_cpus_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert module._cpu_name() == "X Y"
     file.write_text("cpu : other\n")
     assert module._cpu_name()
+
+
+def test_a_pool_has_a_thread_or_more():
+    for count in (0, -3):  # in a process of its own, which ends where it is not refused
+        program = f"from ktcompile import _native\ntry: _native.Context({count})\nexcept ValueError as e: print(e)"
+        assert run_python(program).strip() == f"threads is {count}; it must be 1 or more"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import OpenAI
 
+from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.models.load import locate
 from ktcompile.models.tokenizer import load_tokenizer
 from ktcompile.server.options import ServerOptions
@@ -113,9 +115,55 @@ def test_a_model_that_is_told_not_to_think_says_all(server: Running) -> None:
     assert message["content"] == "".join(SCRIPT) and message["reasoning_content"] is None
 
 
-def test_an_answer_whose_form_is_given_is_content(server: Running) -> None:
-    message = call(server, "/v1/chat/completions", {**BODY, "response_format": {"type": "json_object"}}).json
-    assert message["choices"][0]["message"]["content"] == "".join(SCRIPT)
+@dataclass
+class RememberingEngine(FakeEngine):
+    """given: the parameters of its requests."""
+
+    given: list[SamplingParams] = field(default_factory=list)
+
+    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, **more: Any) -> None:
+        self.given.append(params)
+        super().add(request_id, prompt_token_ids, params, **more)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize(("parser", "begun"), [("auto", True), ("none", None)])
+def test_a_form_is_that_of_the_content(path: str, parser: str, begun: bool | None) -> None:
+    tokenizer = load_tokenizer(locate(None))
+    tokenizer.chat_template = TEMPLATE
+    engine = RememberingEngine(tokenizer=tokenizer, script=["Let me see.", "</think>", "\n{}"])
+    form: dict[str, Any] = {"response_format": {"type": "json_object"}}
+    if path == "/v1/responses":
+        form = {"text": {"format": {"type": "json_object"}}, "max_output_tokens": 50}
+        form = {"model": "fake", "input": "hello", **form}
+    with running(engine, ServerOptions(port=0, reasoning_parser=parser)) as server:
+        reply = call(server, path, form if "input" in form else {**BODY, **form}).json
+    (params,) = engine.given
+    assert params.structured_outputs is not None and params.structured_outputs.json_object
+    thought = params.structured_outputs.thought
+    assert (None if thought is None else thought.begun) is begun
+    if path == "/v1/responses":
+        kinds = [item["type"] for item in reply["output"]]
+        assert kinds == (["reasoning", "message"] if begun else ["message"])
+    else:
+        message = reply["choices"][0]["message"]
+        assert message["content"] == ("{}" if begun else "Let me see.</think>\n{}")
+        assert message.get("reasoning_content") == ("Let me see." if begun else None)
+
+
+def test_a_demanded_call_comes_behind_the_thought() -> None:
+    tokenizer = load_tokenizer(locate(None))
+    tokenizer.chat_template = TEMPLATE
+    engine = RememberingEngine(tokenizer=tokenizer, script=["Let me see.", "</think>", "\n", '{"a": 1}'])
+    body = {**BODY, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    with running(engine, ServerOptions(port=0)) as server:
+        message = call(server, "/v1/chat/completions", body).json["choices"][0]["message"]
+        closed = {**body, "chat_template_kwargs": {"enable_thinking": False}}
+        call(server, "/v1/chat/completions", closed)
+    assert message["reasoning_content"] == "Let me see."
+    assert [made["function"] for made in message["tool_calls"]] == [{"name": "f", "arguments": '{"a": 1}'}]
+    forms = [params.structured_outputs for params in engine.given]
+    assert [form.thought.begun for form in forms if form is not None and form.thought is not None] == [True, False]
 
 
 def test_none_leaves_all_as_it_is() -> None:

@@ -28,8 +28,7 @@ class Rates:
         """Take in what a promotion brought."""
         for tier, size in loaded.bytes.items():
             newest = size / max(loaded.seconds[tier], 1e-9)
-            before = self._bytes_per_second.get(tier, newest)
-            self._bytes_per_second[tier] = before + _WEIGHT_OF_NEWEST * (newest - before)
+            self._bytes_per_second[tier] = smoothed(self._bytes_per_second.get(tier), newest)
 
     def worth_loading(self, tiers: Sequence[str], first: int, recompute: Recompute | None) -> int:
         """Return how many of the blocks from number `first` on to load, of which `tiers` says where they are.
@@ -57,3 +56,8 @@ class Rates:
             return None
         begin, end = (i * self._block_size for i in (first, first + count))
         return max(_LEAST_SECONDS, recompute.seconds(begin, end))
+
+
+def smoothed(before: float | None, newest: float) -> float:
+    """Return a moving average of what is measured again and again; None: nothing was so far."""
+    return newest if before is None else before + _WEIGHT_OF_NEWEST * (newest - before)

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ktcompile.cli.progress import progress_bars
 from ktcompile.cli.settings import add_setting_arguments, of_record, settings_of
 from ktcompile.engine.options import EngineOptions
-from ktcompile.log import logger
+from ktcompile.log import logger, tell
 from ktcompile.server.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C."""
     check_installed()
-    from ktcompile.server.run import bind, serve, url_of
+    from ktcompile.server.run import bind, in_thread, serve, url_of
+    from ktcompile.server.starting import Starting
 
     settings = settings_of(args, ServerOptions, EngineOptions, others=OTHERS)
     options: ServerOptions = of_record(ServerOptions, settings)
@@ -67,9 +68,16 @@ def run(args: argparse.Namespace) -> int:
         bound = bind(options)  # that it is in use shows before the model is loaded
     except OSError as error:
         raise ValueError(f"cannot listen at {options.host}:{options.port}: {error.strerror}") from error
-    begin = time.perf_counter()
-    app = make_app(settings.get("model"), options, engine_options)
-    url, name = url_of(bound), app.state.service.name
+    begin, url, starting = time.perf_counter(), url_of(bound), Starting()
+
+    def note(phase: str) -> None:
+        starting.phase = phase
+        tell(phase)
+
+    tell(f"starting at {url}")
+    with in_thread(starting.app, bound.dup()):
+        app = make_app(settings.get("model"), options, engine_options, note)
+    name = app.state.service.name
     if not app.state.service.prompts.has_template:
         logger.info("the model has no chat template; messages are put one after the other")
 
@@ -88,8 +96,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_app(model: str | None, options: ServerOptions, engine_options: EngineOptions) -> FastAPI:
-    """Return the application with its model loaded."""
+def make_app(
+    model: str | None, options: ServerOptions, engine_options: EngineOptions, note: Callable[[str], None] = tell
+) -> FastAPI:
+    """Return the application with its model loaded. note: is told what happens meanwhile."""
     from transformers.utils import logging as hf_logging
 
     from ktcompile.engine.engine import Engine
@@ -101,7 +111,7 @@ def make_app(model: str | None, options: ServerOptions, engine_options: EngineOp
 
     hf_logging.set_verbosity(logging.ERROR)
     with progress_bars(shown=True):
-        engine = Engine(model, engine_options)
+        engine = Engine(model, engine_options, note=note)
 
     def experts() -> ExpertMetrics | None:
         return None if engine_options.device == "none" else expert_metrics(engine.model)

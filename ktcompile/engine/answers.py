@@ -14,7 +14,7 @@ from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.scheduler.batch import Chunk
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # nobody changes one, but a frozen one takes five times as long to make
 class Delta:
     """What a step added to one answer of a request.
 
@@ -50,13 +50,14 @@ class ServedRequest:
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """One answer. name: as the scheduler knows it. of_prompt: what was asked for of the prompt's tokens behind the
-    first, as far as it is known."""
+    """One answer. name: as the scheduler knows it. asks_prompt: log-probabilities of the tokens of the prompt are
+    wanted with its first delta. of_prompt: those of the tokens behind the first, as far as they are known."""
 
     request: ServedRequest
     name: str
     completion: Completion
     index: int
+    asks_prompt: bool = False
     began: bool = False
     num_cached_tokens: int = 0
     receipt: Receipt | None = None
@@ -65,8 +66,7 @@ class Answer:
     def note_prompt(self, chunk: Chunk, logits: Tensor) -> None:
         """Take the logits of [chunk.logits_from, chunk.end)."""
         count, prompt_ids = self.request.params.prompt_logprobs, self.request.prompt_ids
-        if self.index != 0 or self.began or count is None:
-            return
+        assert self.asks_prompt and count is not None
         followers = prompt_ids[chunk.logits_from + 1 : chunk.end + 1]
         self.of_prompt += [token_logprobs(row, token, count) for row, token in zip(logits, followers, strict=False)]
 

@@ -40,6 +40,8 @@ class Completion:
         self._index = index
         self._incremental = IncrementalText(tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens)
         self._stops = StopTexts(params.stop_texts)
+        # Nothing but a token or the limit ends it, and its text is sure as it comes.
+        self._plain = not params.stop_texts and grammar is None
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[Logprobs] = []
@@ -55,8 +57,13 @@ class Completion:
         self.state.add(token)
         if sampled.logprobs is not None:
             self._note_logprobs(token, sampled.logprobs)
+        ends = token in self._ends or token in self._stop_tokens
+        if self._plain and not ends and len(self._token_ids) < self._limit:  # nearly always
+            text = self._incremental.add(token)
+            self._pieces.append(text)
+            return text
         may_stop = len(self._token_ids) > self._params.min_tokens
-        if may_stop and (token in self._ends or token in self._stop_tokens):
+        if may_stop and ends:
             if self._params.include_stop_str_in_output:
                 self._take(self._incremental.add(token), may_stop)
             self._end("stop", None if token in self._ends else token)

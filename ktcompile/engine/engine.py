@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,14 +18,14 @@ from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
 from ktcompile.engine.namespace import namespace_of, weights_of
 from ktcompile.engine.options import EngineOptions
-from ktcompile.engine.outputs import FinishReason
+from ktcompile.engine.outputs import FinishReason, Logprobs
 from ktcompile.engine.receipt import receipt_of
 from ktcompile.engine.runner import ModelRunner
 from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample
 from ktcompile.engine.sampling_params import SamplingParams
 from ktcompile.engine.tiers import open_tiers
 from ktcompile.kv.block_pool import BlockPool
-from ktcompile.log import logger
+from ktcompile.log import logger, tell
 from ktcompile.models.load import load, locate
 from ktcompile.models.tokenizer import load_tokenizer
 from ktcompile.runtime.placing import without_new_profile
@@ -44,8 +43,7 @@ __all__ = ["Delta", "Engine", "EngineStats"]
 _MOMENT = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class EngineStats:
+class EngineStats(NamedTuple):
     """How an engine is, and what it did since it began.
 
     num_running, num_waiting: sequences, each answer of a request being one. kv_usage: the part of all blocks that is
@@ -71,17 +69,25 @@ class EngineStats:
 class Engine:
     """A model that serves many requests. One thread calls `add`, `abort` and `step`.
 
-    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. UnsupportedModelError: the model cannot run
-    over blocks. Other errors are those of `ktcompile.load`, and ValueError: an option cannot be used.
+    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. note: is told what happens while it starts,
+    which takes some seconds. UnsupportedModelError: the model cannot run over blocks. Other errors are those of
+    `ktcompile.load`, and ValueError: an option cannot be used.
     """
 
-    def __init__(self, model: str | Path | None = None, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        options: EngineOptions | None = None,
+        *,
+        note: Callable[[str], None] = tell,
+    ) -> None:
         options = options or EngineOptions()
         name = locate(model)
         tokenizer = load_tokenizer(name)
         device = without_new_profile(options).device_options()
+        note("loading the model")
         loaded = load(name, weight_format=options.weight_format, **device)
-        self._begin(loaded, tokenizer, name, options, time.monotonic, weights_of(name, options))
+        self._begin(loaded, tokenizer, name, options, time.monotonic, weights_of(name, options), note)
 
     @classmethod
     def of_model(
@@ -93,11 +99,12 @@ class Engine:
         name: str = "model",
         clock: Callable[[], float] = time.monotonic,
         weights: str | None = None,
+        note: Callable[[str], None] = tell,
     ) -> Engine:
         """Return an engine of a model in memory, whose weights it takes. clock: what deadlines are by, in seconds.
         weights: what names them, and no other model's; None: what is kept on disk is of no use to other engines."""
         self = cls.__new__(cls)
-        self._begin(model, tokenizer, name, options or EngineOptions(), clock, weights)
+        self._begin(model, tokenizer, name, options or EngineOptions(), clock, weights, note)
         return self
 
     def _begin(
@@ -108,12 +115,13 @@ class Engine:
         options: EngineOptions,
         clock: Callable[[], float],
         weights: str | None,
+        note: Callable[[str], None],
     ) -> None:
         self.model_name = name
         self.tokenizer = tokenizer
         self.model = model
         self.vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-        self._runner = ModelRunner(model, options)
+        self._runner = ModelRunner(model, options, note)
         self.max_model_len = self._runner.max_model_len
         self.namespace = namespace_of(
             model,
@@ -173,8 +181,8 @@ class Engine:
         for index in range(params.n):
             completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
             name = f"{request_id}/{index}"
-            request.answers[name] = Answer(request, name, completion, index)
-        asked = params.prompt_logprobs is not None
+            asked = params.prompt_logprobs is not None and index == 0
+            request.answers[name] = Answer(request, name, completion, index, asked)
         added: list[str] = []
         try:
             for name, answer in request.answers.items():
@@ -183,7 +191,7 @@ class Engine:
                     prompt_ids,
                     limit,
                     deadline=deadline,
-                    prompt_logits=asked and answer.index == 0,
+                    prompt_logits=answer.asks_prompt,
                     root=parent,
                 )
                 added.append(name)
@@ -295,38 +303,41 @@ class Engine:
         rows: list[int] = []
         for i, chunk in enumerate(step.chunks):
             answer = self._answers[chunk.request_id]
-            if answer.request.params.prompt_logprobs is not None:
+            if answer.asks_prompt:
                 answer.note_prompt(chunk, logits[places[i] : places[i + 1]])
             if chunk.samples:
                 chosen.append(answer)
                 rows.append(places[i + 1] - 1)
         if not chosen:
             return
-        wanted = logits if rows == list(range(len(logits))) else logits[rows]
+        wanted = logits if len(rows) == logits.shape[0] else logits[rows]
         tokens = _sample(wanted, [answer.completion.state for answer in chosen])
         for answer, token in zip(chosen, tokens, strict=True):
-            name = answer.name
             if token is None:
-                deltas.append(self._end(name, "error"))
+                deltas.append(self._end(answer.name, "error"))
             else:
-                sampled[name] = token.token_id
+                sampled[answer.name] = token.token_id
                 deltas.append(self._take(answer, token))
 
     def _take(self, answer: Answer, token: Sampled) -> Delta:
         """Add a token to an answer, and return what it becomes."""
-        request, completion = answer.request, answer.completion
+        completion = answer.completion
         text = completion.add(token)
         self._generated_tokens += 1
-        of_prompt = None
-        if not answer.began:
-            answer.began = True
-            self._prompt_tokens += len(request.prompt_ids)
-            if request.params.prompt_logprobs is not None and answer.index == 0:
-                of_prompt = [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
+        of_prompt = None if answer.began else self._first(answer)
         if completion.finish_reason is not None:
             self._scheduler.finish(answer.name)
             self._forget(answer.name)
         return answer.delta(text, (token.token_id,), completion.last_logprobs, of_prompt)
+
+    def _first(self, answer: Answer) -> list[Logprobs | None] | None:
+        """Note that an answer has its first token, and return what is asked for of the prompt's tokens."""
+        answer.began = True
+        self._prompt_tokens += len(answer.request.prompt_ids)
+        if not answer.asks_prompt:
+            return None
+        answer.asks_prompt = False
+        return [None, *(with_texts(self.tokenizer, found) for found in answer.of_prompt)]
 
     def _end(self, name: str, reason: FinishReason) -> Delta:
         """End an answer that the scheduler still has."""
@@ -362,10 +373,10 @@ class Engine:
         return left if params.max_tokens is None else min(left, params.max_tokens)
 
 
-def _sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | None]:
+def _sample(logits: Tensor, states: Sequence[SamplingState]) -> Sequence[Sampled | None]:
     """Return the next token of each row; None where logits are not finite."""
     try:
-        return list(sample(logits, states))
+        return sample(logits, states)
     except NotFiniteError as error:
         bad = set(error.rows)
         good = [i for i in range(len(states)) if i not in bad]

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of a step, B sequences at most, W blocks of a sequence 
 
 from __future__ import annotations
 
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -28,21 +29,21 @@ class StepTensors(NamedTuple):
 
 
 class StepInputs:
-    """Makes the tensors of steps.
+    """Makes the tensors of steps. They are written to in place: those of one step are gone with the next.
 
-    Those of sequences keep their size and are written to in place: lengths [B] and query_starts [B + 1], int64, and
-    block_table [B, W], int32. Sequences behind those of a step have no queries.
+    Those of sequences keep their size: lengths [B] and query_starts [B + 1], int64, and block_table [B, W], int32.
+    Sequences behind those of a step have no queries. Those of tokens are made anew where their number changes.
     """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, block_size: int) -> None:
-        self._block_size = block_size
+        self._block_size, self._max_num_seqs = block_size, max_num_seqs
         self._table_BW = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self._lengths = np.zeros(max_num_seqs, dtype=np.int64)
-        self._starts = np.zeros(max_num_seqs + 1, dtype=np.int64)
         self._written: list[tuple[int, ...]] = [()] * max_num_seqs  # tables of a request are one until it grows
         self.block_table = torch.from_numpy(self._table_BW)
-        self.lengths = torch.from_numpy(self._lengths)
-        self.query_starts = torch.from_numpy(self._starts)
+        (self.lengths, self.query_starts), self._of_sequences = _numbers(max_num_seqs, max_num_seqs + 1)
+        self._starts = [0]
+        self._shape = (1, 1)
+        self._tensors, self._of_tokens = _of_tokens(1, 1)
 
     def make(self, step: Step) -> StepTensors:
         """Return the tensors of a step, those of its sequences being written.
@@ -55,32 +56,48 @@ class StepInputs:
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []
-        places, starts, ends = [0], [0], []
+        places, starts, lengths = [0], [0], []
         for i, chunk in enumerate(step.chunks):
-            before, begin, table = len(ids), chunk.begin, chunk.block_table
-            end = begin + len(chunk.token_ids)
-            ids += chunk.token_ids
+            _, token_ids, begin, table, logits_from, _ = chunk
+            before, end = len(ids), begin + len(token_ids)
+            ids += token_ids
             if end - begin == 1:  # most are so
                 positions.append(begin)
                 slots.append(table[begin // size] * size + begin % size)
             else:
                 positions += range(begin, end)
                 slots += [table[p // size] * size + p % size for p in range(begin, end)]
-            rows += range(before + chunk.logits_from - begin, len(ids))
+            rows += range(before + logits_from - begin, len(ids))
             places.append(len(rows))
             starts.append(len(ids))
-            ends.append(end)
+            lengths.append(end)
             if self._written[i] is not table:
                 self._table_BW[i, : len(table)] = table
                 self._written[i] = table
-        count = len(ends)
-        self._starts[: count + 1], self._starts[count + 1 :] = starts, len(ids)
-        self._lengths[:count], self._lengths[count:] = ends, 0
-        least = min(2, len(ids))
-        rows += rows[-1:] * (least - len(rows)) if rows else [len(ids) - 1] * least
-        of_tokens = np.array((ids, positions, slots, rows) if len(rows) == len(ids) else (ids, positions, slots))
-        of_rows = of_tokens[3] if len(of_tokens) == 4 else np.array(rows)
-        tensor = torch.from_numpy  # numpy makes parts in less time than torch
-        return StepTensors(
-            tensor(of_tokens[0:1]), tensor(of_tokens[1:2]), tensor(of_tokens[2]), tensor(of_rows), places
-        )
+        tokens, rest = len(ids), self._max_num_seqs - len(lengths)
+        least = min(2, tokens)
+        rows += rows[-1:] * (least - len(rows)) if rows else [tokens - 1] * least
+        if self._shape != (tokens, len(rows)):
+            self._shape = tokens, len(rows)
+            self._tensors, self._of_tokens = _of_tokens(tokens, len(rows))
+        # Bytes that are copied are less work than arrays of numpy, and far less code in a processor whose caches the
+        # model has just emptied.
+        if self._starts != starts:
+            self._starts = starts
+            self._of_sequences[:] = array("q", lengths + [0] * rest + starts + [tokens] * rest).tobytes()
+        else:
+            self._of_sequences[: 8 * len(lengths)] = array("q", lengths).tobytes()
+        self._of_tokens[:] = array("q", ids + positions + slots + rows).tobytes()
+        return StepTensors(*self._tensors, places)
+
+
+def _of_tokens(tokens: int, rows: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], memoryview]:
+    """Return the tensors of `StepTensors`, and their bytes."""
+    (ids, positions, slots, wanted), memory = _numbers(tokens, tokens, tokens, rows)
+    return (ids[None], positions[None], slots, wanted), memory
+
+
+def _numbers(*counts: int) -> tuple[list[Tensor], memoryview]:
+    """Return int64 tensors of so many numbers, zeros, and the bytes of all of them, one behind the other."""
+    whole = np.zeros(sum(counts), dtype=np.int64)
+    return list(torch.from_numpy(whole).split_with_sizes(counts)), whole.data.cast("B")

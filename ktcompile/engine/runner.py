@@ -34,7 +34,7 @@ _ROUNDING = 0.2
 
 
 class StepLogits(NamedTuple):
-    """The logits of a step, [R, V]. places: chunk i has the rows [places[i], places[i + 1])."""
+    """The logits of a step, fp32 [R, V]. places: chunk i has the rows [places[i], places[i + 1])."""
 
     values: Tensor
     places: list[int]
@@ -44,11 +44,14 @@ class ModelRunner:
     """A model with memory for keys and values of many sequences.
 
     num_blocks, max_model_len: what that memory holds, and how long a sequence may be. kv_format, layers: what it keeps
-    of each position. storage: that memory, by layer. UnsupportedModelError: the model cannot run over blocks, and is as
-    it was. ValueError: there is no memory for one block.
+    of each position. storage: that memory, by layer. note: is told what happens. UnsupportedModelError: the model
+    cannot run over blocks, and is as it was. ValueError: there is no memory for one block.
     """
 
-    def __init__(self, model: PreTrainedModel, options: EngineOptions) -> None:
+    def __init__(
+        self, model: PreTrainedModel, options: EngineOptions, note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        note("running the model on a few tokens, to learn what its layers keep")
         self.model = model
         calls = attention_calls(model)
         longest = _longest(model, options)
@@ -64,22 +67,23 @@ class ModelRunner:
         storage = allocate(self.kv_format, layers, self.num_blocks, options.block_size)
         self.storage = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
         self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
-        with paged_implementation(model):
+        with paged_implementation(model), torch.no_grad():
             self._forward = forward = self._uncompiled()
             self._refuse_mixing(options.block_size)
         model.set_attn_implementation(hf_paged.NAME)
+        model.requires_grad_(False)  # nothing for gradients is kept in a step, whoever runs it
         if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
             return
+        note("tracing the model and packing its weights")
         self._forward = self._compiled(forward, options)
         # What modules have as numbers is constant; else each call would be given it anew.
-        with torch._dynamo.config.patch(specialize_float=True):
+        with torch._dynamo.config.patch(specialize_float=True), torch.no_grad():
             self._check_compiled(options.block_size)
 
-    @torch.no_grad()
     def run(self, step: Step) -> StepLogits:
         """Compute a step: store the keys and values of its tokens, and return the logits that it asks for."""
-        tensors = self._inputs.make(step)
-        return StepLogits(self._forward(*tensors[:-1]), tensors.places)
+        ids, positions, slots, rows, places = self._inputs.make(step)
+        return StepLogits(self._forward(ids, positions, slots, rows), places)
 
     def _uncompiled(self) -> Callable[..., Tensor]:
         """Return what runs the model on the tensors of a step."""
@@ -91,7 +95,8 @@ class ModelRunner:
             kept = {"logits_to_keep": rows} if keeps else {}
             result = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, kv_step=kv_step, **kept)
             logits: Tensor = result.logits[0]
-            return logits if keeps else logits[rows]
+            # As tokens are chosen from, which is less work in a compiled step than behind it.
+            return (logits if keeps else logits[rows]).float()
 
         return forward
 
@@ -110,7 +115,9 @@ class ModelRunner:
             "weights": "take",
             "weight_format": options.weight_format,
             "dense_format": options.dense_format,
-            "guard_filter_fn": _no_guards,
+            # None of Dynamo's guards is looked at. The model is the engine's own, each step has the same kinds of
+            # tensors, and `_check_compiled` sees that what was traced for one number of tokens is right for any.
+            "guard_filter_fn": lambda guards: [False] * len(guards),
         }
         compiled: Callable[..., Tensor] = torch.compile(
             _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
@@ -153,12 +160,6 @@ class ModelRunner:
             return 0.0
         errors = [(x - y).float().norm() / y.float().norm() for x, y in pairs]
         return float(torch.stack(errors).max())
-
-
-def _no_guards(guards: Sequence[Any]) -> list[bool]:
-    """Return that none of Dynamo's guards is looked at. The model is the engine's own, each step has the same kinds of
-    tensors, and `_check_compiled` sees that what was traced for one number of tokens is right for any."""
-    return [False] * len(guards)
 
 
 def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -101,8 +101,9 @@ class SamplingState:
     def adjust(self, logits: Row) -> None:
         """Change a row by what does not depend on the other tokens' logits: steps 2 and 3."""
         params = self.params
-        if self.grammar is not None:
-            np.putmask(logits, ~self.grammar.allowed(len(logits)), -np.inf)
+        allowed = None if self.grammar is None else self.grammar.allowed(len(logits))
+        if allowed is not None:
+            np.putmask(logits, ~allowed, -np.inf)
         if self.num_tokens < params.min_tokens:
             ends = self._ends[self._ends < len(logits)]
             kept = logits[ends]
@@ -125,15 +126,16 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
 
     NotFiniteError: the largest logit of a row is NaN or infinite.
     """
-    assert logits.dim() == 2 and len(logits) == len(states), f"{len(states)} states for logits {tuple(logits.shape)}"
     # What a step of decode does here is not in the processor's caches, so each operation costs more than its work.
     rows = logits if logits.dtype == torch.float32 else logits.float()
-    values = rows.numpy(force=True)
+    values = rows.numpy()
+    cells = values.data
+    assert values.ndim == 2 and values.shape[0] == len(states), f"{len(states)} states for logits {values.shape}"
     scratch: Row | None = None  # for all rows: memory that is new costs as much as what is done in it
     found: list[Sampled] = []
     wrong: list[int] = []
     for i, likeliest in enumerate(values.argmax(-1).tolist()):  # NaN where there is one
-        state, token = states[i], likeliest if math.isfinite(values.item(i, likeliest)) else None
+        state, token = states[i], likeliest if math.isfinite(cells[i, likeliest]) else None
         if token is not None and not state.takes_largest:
             scratch = np.empty(values.shape[1]) if scratch is None else scratch
             scratch[:] = values[i]

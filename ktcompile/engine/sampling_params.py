@@ -7,10 +7,24 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+_FORMS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What may come before that which a grammar is of: text between two tags. begun: the answer begins in it.
+
+    Where it has not begun, `begin` must be a token, and the first: of other answers the grammar is of all.
+    """
+
+    begin: str
+    end: str
+    begun: bool
+
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
-    """What an answer must look like; exactly one of these.
+    """What an answer must look like; exactly one of these, and perhaps `thought`, which comes before it.
 
     json: a JSON schema, as text or as what JSON makes of it. regex: a regular expression for all of it. choice: texts
     of which it is one. grammar: in Lark's notation as llguidance reads it, or GBNF. json_object: any JSON object.
@@ -23,18 +37,19 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    thought: Thought | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
-            raise ValueError(f"structured_outputs has {', '.join(given) or 'nothing'}; give one of {self.__slots__}")
+            raise ValueError(f"structured_outputs has {', '.join(given) or 'nothing'}; give one of {_FORMS}")
         if self.choice is not None and not (self.choice and all(self.choice)):
             raise ValueError(f"choice of structured_outputs is {list(self.choice)}; give texts that are not empty")
 
     @property
     def kind(self) -> str:
         """Which one is given."""
-        return next(name for name in self.__slots__ if getattr(self, name) not in (None, False))
+        return next(name for name in _FORMS if getattr(self, name) not in (None, False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +69,7 @@ class SamplingParams:
     it. ignore_eos: the model's end tokens do not end it. n: answers to give; the i-th draws from a stream i of the
     seed. logprobs: give with each token its log-probability and those of so many likeliest ones, before all of the
     above was applied; -1: of all. prompt_logprobs: the same of the prompt's tokens. skip_special_tokens: they have no
-    text. structured_outputs: a grammar that the answer follows; it ends where the grammar does.
+    text. structured_outputs: a grammar that the answer follows, behind its thought; it ends where the grammar does.
 
     ValueError: a value is out of its range.
     """

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ktcompile.engine.detokenizer import IncrementalText
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
@@ -33,27 +35,60 @@ class Grammar:
     def __init__(self, params: StructuredOutputsParams, tokenizer: Any) -> None:
         self._matcher = _compiled(tokenizer, _source(_llguidance(), params)).deep_copy()
         self._check(params.kind)
+        self._opening: int | None = None  # the token that would begin a thought
+        self._closing: _Closing | None = None  # while it is thought
+        if params.thought is not None:
+            self._closing = _Closing(tokenizer, params.thought.end)
+            if not params.thought.begun:
+                self._opening, self._later = tokenizer.get_added_vocab().get(params.thought.begin), self._closing
+                self._closing = None
 
     @property
     def ended(self) -> bool:
         """Whether nothing may follow but an end."""
         return self._matcher.is_stopped()
 
-    def allowed(self, size: int) -> NDArray[np.bool_]:
-        """Return which of the model's first `size` tokens may come next."""
+    def allowed(self, size: int) -> NDArray[np.bool_] | None:
+        """Return which of the model's first `size` tokens may come next; None: all."""
+        if self._closing is not None:
+            return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         self._check("grammar")
         known = np.unpackbits(bits, bitorder="little")[:size].astype(bool)
-        return known if len(known) == size else np.pad(known, (0, size - len(known)))
+        known = known if len(known) == size else np.pad(known, (0, size - len(known)))
+        if self._opening is not None:
+            known[self._opening] = True
+        return known
 
     def add(self, token: int) -> None:
-        """Note the next token. ValueError: it does not follow the grammar."""
-        if not self._matcher.consume_token(token):
+        """Note the next token of the answer. ValueError: it does not follow the grammar."""
+        opening, self._opening = self._opening, None  # a thought comes first
+        if self._closing is not None:
+            if self._closing.add(token):
+                self._closing = None
+        elif token == opening:
+            self._closing = self._later
+        elif not self._matcher.consume_token(token):
             self._check("grammar")
 
     def _check(self, what: str) -> None:
         if self._matcher.is_error():
             raise ValueError(f"{what} of structured_outputs cannot be used: {self._matcher.get_error()}")
+
+
+class _Closing:
+    """Waits for the tag that ends a thought, whether it is one token or several; what its last one has behind the tag
+    is of no grammar."""
+
+    def __init__(self, tokenizer: Any, tag: str) -> None:
+        self._text = IncrementalText(tokenizer, (), skip_special_tokens=False)
+        self._tag, self._last = tag, ""
+
+    def add(self, token: int) -> bool:
+        """Return whether the tag is complete with `token`."""
+        text = self._last + self._text.add(token)
+        self._last = text[max(0, len(text) - len(self._tag) + 1) :]
+        return self._tag in text
 
 
 def _source(guidance: Any, params: StructuredOutputsParams) -> str:

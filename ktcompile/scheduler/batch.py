@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ktcompile.cache.promotion import Loaded
@@ -38,8 +37,7 @@ class Start(NamedTuple):
     load_seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What is computed together, the oldest request first.
 
     preempted: requests that gave up their blocks for it. started: those that never ran before.

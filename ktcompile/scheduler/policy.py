@@ -67,11 +67,6 @@ def seconds_until(tokens: int, tokens_per_second: float | None) -> float:
     return 1.0 if tokens_per_second is None else until(tokens / tokens_per_second)
 
 
-def smoothed(before: float | None, newest: float) -> float:
-    """Return a moving average of what is measured step by step; None: nothing was so far."""
-    return newest if before is None else before + _WEIGHT_OF_NEWEST * (newest - before)
-
-
 def decayed(before: tuple[float, float], newest: tuple[float, float]) -> tuple[float, float]:
     """Return sums of which older parts count less; their ratio is an average in which large parts count more."""
     kept = 1 - _WEIGHT_OF_NEWEST

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from ktcompile.cache.costs import Recompute
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.kv.layout import blocks_for
+from ktcompile.scheduler.admission import Admission, Queue
 from ktcompile.scheduler.batch import Chunk, Start, Step
 from ktcompile.scheduler.behind import Behind
-from ktcompile.scheduler.policy import SchedulerOptions, decayed, may_start, prefill_end, seconds_until, smoothed, until
+from ktcompile.scheduler.policy import SchedulerOptions, may_start, prefill_end
 from ktcompile.scheduler.prefixes import Prefixes
-from ktcompile.scheduler.request import QueueFullError, Request, RequestTooLongError
+from ktcompile.scheduler.request import Request
 
 
 class Scheduler:
@@ -50,11 +52,8 @@ class Scheduler:
         self._step_begin = 0.0
         # Requests that ended during a step, whose blocks it may still write to.
         self._leaving: list[Request] = []
-        self._prompt_rate: float | None = None  # tokens per second
-        self._prefilled = (0.0, 0.0)  # tokens and seconds of steps with prompts, older ones counting less
-        # Seconds from one request's start to the next one's while others wait, and the step of the last that left some.
-        self._start_gap: float | None = None
-        self._started_full: float | None = None
+        self._admission = Admission(options, pool.num_blocks)
+        self._next_deadline = inf  # none is earlier
         self.num_preemptions = 0
         # Tokens of prompts that were looked up when they first ran, and of these those that were found.
         self.prefix_cache_queries = self.prefix_cache_hits = 0
@@ -70,8 +69,7 @@ class Scheduler:
     @property
     def recompute(self) -> Recompute | None:
         """How long tokens of prompts take, as measured; None: nothing was."""
-        tokens, seconds = self._prefilled
-        return Recompute(seconds / tokens) if tokens else None
+        return self._admission.recompute
 
     @property
     def num_queued_tokens(self) -> int:
@@ -101,12 +99,16 @@ class Scheduler:
             raise ValueError("the prompt has no tokens")
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; it must be 1 or more")
-        self._check_length(len(prompt_token_ids), max_tokens)
-        self._check_queue(len(prompt_token_ids))
+        self._admission.check_length(len(prompt_token_ids), max_tokens)
+        computing = sum(request.num_uncomputed_tokens for request in self._running)
+        queue = Queue(self.num_waiting, self.num_queued_tokens, self.num_running, computing)
+        self._admission.check_queue(len(prompt_token_ids), queue, self._clock())
         first = 0 if prompt_logits else len(prompt_token_ids) - 1
         request = Request(request_id, list(prompt_token_ids), max_tokens, first, deadline, root)
         self._requests[request_id] = request
         self._waiting.append(request)
+        if deadline is not None:
+            self._next_deadline = min(self._next_deadline, deadline)
 
     def finish(self, request_id: str) -> None:
         """End a request, whatever it does. KeyError: there is none with this id, or it ended."""
@@ -140,10 +142,12 @@ class Scheduler:
 
     def expire(self) -> list[str]:
         """End all requests whose deadline is over, and return which; call it before `schedule`."""
-        now = self._clock()
+        if self._next_deadline == inf or self._next_deadline > (now := self._clock()):
+            return []
         late = [r.request_id for r in self._requests.values() if r.deadline is not None and r.deadline <= now]
         for request_id in late:
             self.finish(request_id)
+        self._next_deadline = min((r.deadline for r in self._requests.values() if r.deadline is not None), default=inf)
         return late
 
     def schedule(self) -> Step | None:
@@ -153,12 +157,13 @@ class Scheduler:
         if not self._requests:
             return None
         self._step_begin = self._clock()
-        self._end_loads()
+        if self._behind is not None:
+            self._end_loads(self._behind)
         preempted: list[str] = []
         started: list[Start] = []
         chunks, budget = self._continue_running(preempted, started)
         # Who has just given up its blocks could begin at once where others hold copies of them; it waits for its turn.
-        if not preempted:
+        if self._waiting and not preempted:
             self._start_waiting(budget, chunks, started)
         if not chunks:
             assert any(request.loading for request in self._running), "requests are left and none goes on"
@@ -186,21 +191,27 @@ class Scheduler:
         """
         assert self._step is not None, "there is no step to update"
         step, self._step = self._step, None
-        self._measure(step)
         left = {request.request_id: request for request in self._leaving}
-        for chunk in step.chunks:
-            name = chunk.request_id
+        tokens, size, behind = 0, self._options.block_size, self._behind is not None
+        for name, token_ids, begin, _, _, samples in step.chunks:
+            tokens += len(token_ids)
+            end = begin + len(token_ids)
             request = self._requests.get(name)
-            if request is not None:
-                request.num_computed_tokens = end = chunk.end
-                request.logits_from = max(request.logits_from, end)
+            if request is None:
+                if name in sampled:  # it ended well
+                    left[name].num_computed_tokens = end
+                    self._note_computed(left[name])
+                continue
+            request.num_computed_tokens = end
+            request.logits_from = max(request.logits_from, end)
+            if end // size > (request.num_kept if behind else request.num_named):
                 self._note_computed(request)
-                if chunk.samples:
-                    assert request.num_output_tokens < request.max_tokens, f"{name!r} was to be finished"
-                    request.token_ids.append(sampled[name])
-            elif name in sampled:  # it ended well
-                left[name].num_computed_tokens = chunk.end
-                self._note_computed(left[name])
+            if samples:
+                known = request.token_ids
+                assert len(known) - request.num_prompt_tokens < request.max_tokens, f"{name!r} was to be finished"
+                known.append(sampled[name])
+        if tokens > len(step.chunks):
+            self._admission.note_prefill(tokens, self._clock() - self._step_begin)
         for request in self._leaving:
             self._release(request)
         self._leaving.clear()
@@ -210,13 +221,13 @@ class Scheduler:
         self._prefixes.check()
         assert all(request not in self._waiting for request in self._prefixes.leaders)
 
-    def _end_loads(self) -> None:
+    def _end_loads(self, behind: Behind) -> None:
         """Have requests go on whose blocks have come, or will not."""
         for request in self._running:
-            if request.loading is None or self._behind is None:
+            if request.loading is None:
                 continue
             begin = request.loading.begin
-            loaded = self._behind.ended(request)
+            loaded = behind.ended(request)
             if loaded is not None:
                 request.num_computed_tokens += len(loaded.tiers) * self._options.block_size
                 self._note_computed(request)
@@ -238,21 +249,23 @@ class Scheduler:
         chunks: list[Chunk] = []
         # The tokens of those that decode are set aside.
         decoding = [request.decodes for request in self._running]
-        budget = self._options.max_num_batched_tokens - sum(decoding)
-        position = 0
+        size, budget = self._options.block_size, self._options.max_num_batched_tokens - sum(decoding)
         # The list becomes shorter at its end: blocks go to the oldest first, so what is preempted has no chunk yet.
-        while position < len(self._running):
-            request = self._running[position]
-            position += 1
+        for request, decodes in zip(self._running, decoding, strict=False):
             if request.loading is not None:
                 continue
-            if not decoding[position - 1]:
+            if decodes:
+                begin, table = request.num_computed_tokens, request.block_table
+                if begin == len(table) * size:
+                    if not self._grow(request, preempted):
+                        continue
+                    table = request.block_table
+                chunks.append(Chunk(request.request_id, (request.token_ids[begin],), begin, table, begin, True))
+            else:
                 chunk, budget = self._prefill(request, budget)
                 if chunk is not None:
                     self._begin(request, started)
                     chunks.append(chunk)
-            elif self._grow(request, preempted):
-                chunks.append(_chunk(request, len(request.token_ids)))
         return chunks, budget
 
     def _start_waiting(self, budget: int, chunks: list[Chunk], started: list[Start]) -> None:
@@ -282,7 +295,7 @@ class Scheduler:
             assert chunk is not None
             chunks.append(chunk)
         if len(self._running) > before:
-            self._measure_starts(len(self._running) - before)
+            self._admission.note_starts(len(self._running) - before, self._step_begin, bool(self._waiting))
 
     def _fits(self, total: int, found: Sequence[int]) -> bool:
         """Return whether a request of `total` tokens may have blocks, of which `found` are there."""
@@ -314,9 +327,7 @@ class Scheduler:
         return _chunk(request, end) if end > computed else None, budget - (end - computed) if end == total else 0
 
     def _grow(self, request: Request, preempted: list[str]) -> bool:
-        """Give a request the block of its last token, and return whether it still runs."""
-        if blocks_for(len(request.token_ids), self._options.block_size) == len(request.block_table):
-            return True
+        """Give a request one more block, for its last token, and return whether it still runs."""
         while (blocks := self._pool.take(1)) is None:
             if self._behind is not None and self._behind.take_back():
                 continue
@@ -339,57 +350,6 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(request)
-
-    def _check_length(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        options = self._options
-        asked = f"{num_prompt_tokens} tokens of the prompt and max_tokens {max_tokens} are"
-        longest = num_prompt_tokens + max_tokens
-        if longest > options.max_model_len:
-            raise RequestTooLongError(f"{asked} {longest} positions; the model has {options.max_model_len}")
-        # The last token is sampled and not computed.
-        blocks = blocks_for(longest - 1, options.block_size)
-        if blocks > self._pool.num_blocks:
-            size = f"{self._pool.num_blocks} of {options.block_size} positions"
-            raise RequestTooLongError(f"{asked} {blocks} blocks of keys and values; there are {size}")
-
-    def _check_queue(self, num_tokens: int) -> None:
-        options, queued = self._options, self.num_queued_tokens
-        wait = self._expected_wait()
-        if 0 < options.max_queue_seconds < wait:
-            raise QueueFullError(
-                f"{self.num_waiting} requests wait, and one more would for about {wait:.0f} s; it may for "
-                f"{options.max_queue_seconds:g}",
-                until(wait - options.max_queue_seconds),
-            )
-        full = self.num_waiting >= options.max_queued_requests
-        if not full and (not queued or queued + num_tokens <= options.max_queued_tokens):
-            return
-        ahead = queued + sum(request.num_uncomputed_tokens for request in self._running)
-        waiting = f"{self.num_waiting} requests with {queued} tokens wait"
-        limits = f"{options.max_queued_requests} and {options.max_queued_tokens} may"
-        raise QueueFullError(f"{waiting}; {limits}", seconds_until(ahead, self._prompt_rate))
-
-    def _expected_wait(self) -> float:
-        """Return the seconds until a request that came now would run, by how fast those before it began."""
-        if not self._waiting or self._started_full is None:
-            return 0.0
-        gap = self._start_gap
-        if gap is None:  # none has followed yet: as if all that run had ended by now
-            gap = (self._clock() - self._started_full) / max(1, self.num_running)
-        return self.num_waiting * gap
-
-    def _measure_starts(self, count: int) -> None:
-        """Note how fast requests begin while others wait. count: those that began in this step."""
-        if self._started_full is not None:
-            self._start_gap = smoothed(self._start_gap, (self._step_begin - self._started_full) / count)
-        self._started_full = self._step_begin if self._waiting else None
-
-    def _measure(self, step: Step) -> None:
-        """Note how fast prompts are computed."""
-        seconds = self._clock() - self._step_begin
-        if seconds > 0 and step.num_tokens > len(step.chunks):
-            self._prompt_rate = smoothed(self._prompt_rate, step.num_tokens / seconds)
-            self._prefilled = decayed(self._prefilled, (step.num_tokens, seconds))
 
 
 def _chunk(request: Request, end: int) -> Chunk:

@@ -34,10 +34,11 @@ async def respond(body: ChatRequest, request: Request, service: Service) -> Resp
     if body.tools and not body.parallel_tool_calls and body.tool_choice in (None, "auto"):
         params = replace(params, stop=(*params.stop_texts, tools.CLOSE))
     prompt, ids = await service.prompts.of_chat(body)
+    params = service.behind_thought(prompt, params)
     head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
     results = tuple(message.tool_call_id for message in body.messages if message.tool_call_id is not None)
     ask = Ask(request, ids, params, prompt, body.timeout, body.cache_salt, results)
-    readers = [MessageReader(body, service.reasoning(prompt, params)) for _ in range(params.n)]
+    readers = [MessageReader(body, service.reasoning(prompt)) for _ in range(params.n)]
     usage = service.usage(len(ids))
     if body.stream:
         deltas = await service.open(ask)

@@ -37,8 +37,9 @@ async def respond(body: ResponsesRequest, request: Request, service: Service) ->
     if body.instructions:
         messages.insert(0, InputMessage(role="system", content=body.instructions))
     prompt, ids = await service.prompts.of_messages(messages)
+    params = service.behind_thought(prompt, params)
     sampling = {"temperature": params.temperature, "top_p": params.top_p}
-    response = _Response(body, service.name, service.usage(len(ids)), service.reasoning(prompt, params), sampling)
+    response = _Response(body, service.name, service.usage(len(ids)), service.reasoning(prompt), sampling)
     ask = Ask(request, ids, params, prompt, body.timeout, body.cache_salt)
     if body.stream:
         deltas = await service.open(ask)

@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from ktcompile.log import logger
 from ktcompile.server.options import ServerOptions
@@ -38,8 +39,8 @@ def url_of(bound: socket.socket) -> str:
 
 
 @contextmanager
-def in_thread(app: FastAPI, bound: socket.socket) -> Iterator[None]:
-    """Serve in a thread of this process for the time of a block."""
+def in_thread(app: Starlette, bound: socket.socket) -> Iterator[None]:
+    """Serve in a thread of this process for the time of a block. The socket is closed then."""
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([bound],), name="ktcompile-server", daemon=True)
     thread.start()

@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,7 @@ from ktcompile import __version__
 from ktcompile.engine.async_engine import AsyncEngine, Health, StepError, UnavailableError
 from ktcompile.engine.outputs import FinishReason, Logprobs
 from ktcompile.engine.protocols import EngineLike
-from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.engine.sampling_params import SamplingParams, Thought
 from ktcompile.engine.structured import Grammar
 from ktcompile.log import logger
 from ktcompile.machine import machine
@@ -27,7 +27,7 @@ from ktcompile.server.errors import ApiError, of_exception
 from ktcompile.server.metrics import ServerMetrics
 from ktcompile.server.options import ServerOptions
 from ktcompile.server.prompts import Prompts
-from ktcompile.server.reasoning import ReasoningParser, parser_for
+from ktcompile.server.reasoning import CLOSE, OPEN, ReasoningParser, parser_for
 from ktcompile.server.sse import while_connected
 from ktcompile.server.status import Latency, ModelFacts, Status
 from ktcompile.server.usage import Usage
@@ -186,11 +186,15 @@ class Service:
         """Return the record of what a request uses, as it begins."""
         return Usage(prompt_tokens, prices=self.options.prices)
 
-    def reasoning(self, prompt: str, params: SamplingParams) -> ReasoningParser | None:
-        """Return what tells thought from content in an answer to a chat's prompt; where its form is given, as JSON, it
-        is all content."""
-        if params.structured_outputs is not None:
-            return None
+    def behind_thought(self, prompt: str, params: SamplingParams) -> SamplingParams:
+        """Return parameters of an answer to a chat's prompt, whose form, if one is given, is that of its content."""
+        form, parser = params.structured_outputs, self.reasoning(prompt)
+        if form is None or parser is None:
+            return params
+        return replace(params, structured_outputs=replace(form, thought=Thought(OPEN, CLOSE, parser.inside)))
+
+    def reasoning(self, prompt: str) -> ReasoningParser | None:
+        """Return what tells thought from content in an answer to a chat's prompt."""
         return parser_for(self.options.reasoning_parser, prompt, has_tags=self.prompts.has_think_tags)
 
     def called(self, request_id: str, call_ids: Sequence[str]) -> None:

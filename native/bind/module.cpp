@@ -374,6 +374,9 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](kt::context* self, int threads, const std::string& sys_root) {
+            if (threads < 1) {
+              throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be 1 or more");
+            }
             new (self) kt::context(places(threads, kt::read_topology(sys_root)));
           },
           "threads"_a, "sys_root"_a = "/sys")
