@@ -18,6 +18,7 @@ from torch import fx, nn
 import ktcompile
 from ktcompile.config import CompileOptions
 from ktcompile.graph import report
+from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.experts import PackedExperts
 from ktcompile.runtime.activity import Activity
@@ -186,10 +187,10 @@ class Counted:
 
 
 def test_split_graphs_only_where_there_is_a_device():
-    names = [p.name for p in passes_for(CompileOptions())]
+    names = [p.name for p in passes_for(CompileOptions(), ParameterOwners())]
     fused = ["fuse_moe", "fuse_norm", "fuse_add_norm", "fuse_rotary", "fuse_attention"]
     assert names == [*fused, "pack_moe", "pack_linear"]
-    with_device = [p.name for p in passes_for(CompileOptions(device="stand-in"))]
+    with_device = [p.name for p in passes_for(CompileOptions(device="stand-in"), ParameterOwners())]
     assert with_device == [*names, "split_experts", "overlap"]
 
 
