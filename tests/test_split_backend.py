@@ -70,7 +70,7 @@ def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
     model, kwargs = build(case_of(family))
     options = {**STAND_IN, "device_expert_fraction": 0.5, "stream_from": 4}
     both = torch.compile(model, backend="kt", options=options, dynamic=True)
-    logits(both, kwargs)
+    logits(both, {**kwargs, "use_cache": True})  # as in `greedy_logits`, which has no other graph for the prompt
     layers = split_layers(packed)
     count = layers[0].experts.num_experts
     assert all(layer.streaming is not None and layer.activity.streamed_calls == 1 for layer in layers)
