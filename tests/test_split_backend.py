@@ -57,6 +57,11 @@ def packed(monkeypatch) -> list[PackedExperts]:
     return seen
 
 
+def one_layer(family: str) -> tuple[Any, dict[str, Any]]:
+    """Return a model and its inputs for what is no matter of how many layers there are."""
+    return build(case_of(family), num_hidden_layers=1)
+
+
 def logits(model: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         return model(**kwargs).logits
@@ -95,7 +100,7 @@ def test_logits_of_prefill_and_decode_equal_those_of_the_cpu(family, packed):
 
 
 def test_nothing_is_compiled_again_when_experts_move(packed):
-    model, kwargs = build(case_of("qwen3_moe"))
+    model, kwargs = one_layer("qwen3_moe")
     wanted = logits(model, kwargs)
     both = torch.compile(model, backend="kt", fullgraph=True, options={**STAND_IN, "inner": "inductor"})
     assert relative_error(logits(both, kwargs), wanted) < 1e-5
@@ -121,7 +126,7 @@ def move(layer: SplitExperts, chance: random.Random) -> None:
 
 
 def test_taken_weights_come_back_from_the_device(packed):
-    model, kwargs = build(case_of("mixtral"))
+    model, kwargs = one_layer("mixtral")
     source = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     both = torch.compile(model, backend="kt", options={**STAND_IN, "weights": "take"})
     logits(both, kwargs)
@@ -131,7 +136,7 @@ def test_taken_weights_come_back_from_the_device(packed):
 
 
 def test_the_last_compilation_says_where_experts_are(packed):
-    model, kwargs = build(case_of("qwen3_moe"))
+    model, kwargs = one_layer("qwen3_moe")
     first = torch.compile(model, backend="kt", options={**STAND_IN, "device_expert_fraction": 1.0})
     logits(first, kwargs)
     torch._dynamo.reset()
@@ -163,7 +168,7 @@ def test_what_is_submitted_early_is_waited_for_late():
 
 
 def test_experts_follow_the_routers_while_a_model_runs(packed, monkeypatch):
-    model, kwargs = build(case_of("qwen3_moe"))
+    model, kwargs = one_layer("qwen3_moe")
     wanted = logits(model, kwargs)
     monkeypatch.setattr(AdaptivePlacement, "step", counted := Counted(AdaptivePlacement.step))
     both = torch.compile(model, backend="kt", fullgraph=True, options={**STAND_IN, "placement": "adaptive"})
