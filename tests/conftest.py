@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -18,9 +17,6 @@ import torch
 
 import ktcompile
 from ktcompile.machine import machine
-
-# Dynamo makes many objects and few cycles; by default a tenth of its time goes into looking for these.
-gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
