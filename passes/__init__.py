@@ -28,14 +28,16 @@ from ktcompile.passes.pack_moe import pack_moe
 from ktcompile.passes.split_experts import split_experts
 
 from ktcompile.config import CompileOptions
+from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.pipeline import Pass
 
 
-def passes_for(options: CompileOptions) -> Sequence[Pass]:
-    """Return the passes to run. ValueError: `options` disables one that does not exist."""
+def passes_for(options: CompileOptions, owners: ParameterOwners) -> Sequence[Pass]:
+    """Return the passes to run on a graph, whose parameters have these owners. ValueError: `options` disables one that
+    does not exist."""
     every = [
-        Pass("fuse_moe", fuse_moe, exact=False),
-        Pass("fuse_norm", fuse_norm, exact=False),
+        Pass("fuse_moe", fuse_moe(owners), exact=False),
+        Pass("fuse_norm", fuse_norm(owners), exact=False),
         Pass("fuse_add_norm", fuse_add_norm, exact=True),
         Pass("fuse_rotary", fuse_rotary, exact=True),
         Pass("fuse_attention", fuse_attention(options), exact=False),

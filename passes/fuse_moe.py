@@ -5,32 +5,38 @@ Changes numbers: experts accumulate in fp32 and round once where the stock code 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 
 from ktcompile.graph.gradients import needs_gradients
+from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.regions import MoeRegion, find_regions, is_moe
 from ktcompile.graph.report import CompileReport
 from ktcompile.log import warn_once
 
 
-def fuse_moe(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
-    """Return how many experts modules were fused. The others are left as they are, with the reason."""
-    regions = find_regions(gm, example_inputs)
-    reason = _why_not_now(example_inputs)
-    fused = 0
-    for region in regions:
-        if isinstance(region, str) or reason:
-            why = region if isinstance(region, str) else f"{region.path}: {reason}"
-            report.fallbacks.append(why)
-            warn_once(f"left to the stock implementation: {why}")
-        else:
-            _replace(gm, region)
-            fused += 1
-    report.moe_fused = sum(is_moe(n) for n in gm.graph.nodes)
-    return fused
+def fuse_moe(owners: ParameterOwners) -> Callable[[fx.GraphModule, Sequence[object], CompileReport], int]:
+    """Return the pass for a graph whose parameters have these owners."""
+
+    def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
+        """Return how many experts modules were fused. The others are left as they are, with the reason."""
+        regions = find_regions(gm, example_inputs, owners)
+        reason = _why_not_now(example_inputs)
+        fused = 0
+        for region in regions:
+            if isinstance(region, str) or reason:
+                why = region if isinstance(region, str) else f"{region.path}: {reason}"
+                report.fallbacks.append(why)
+                warn_once(f"left to the stock implementation: {why}")
+            else:
+                _replace(gm, region)
+                fused += 1
+        report.moe_fused = sum(is_moe(n) for n in gm.graph.nodes)
+        return fused
+
+    return run
 
 
 def _why_not_now(example_inputs: Sequence[object]) -> str | None:

@@ -5,7 +5,7 @@ Changes numbers: squares are summed in the order of the kernels, which does not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx, nn
@@ -18,18 +18,23 @@ from ktcompile.graph.report import CompileReport
 from ktcompile.quant import FLOAT_DTYPES
 
 
-def fuse_norm(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
-    """Return how many were replaced."""
-    if needs_gradients(example_inputs):
-        return 0
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    parameters = {
-        node: value
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if isinstance(value, nn.Parameter) and value.dim() == 1 and value.device.type == "cpu"
-    }
-    owners, known = ParameterOwners(), dict[object, NormFacts | None]()
-    return sum(_replace(gm, nodes, parameters, owners, known) for nodes in _by_module(gm))
+def fuse_norm(owners: ParameterOwners) -> Callable[[fx.GraphModule, Sequence[object], CompileReport], int]:
+    """Return the pass for a graph whose parameters have these owners."""
+
+    def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
+        """Return how many were replaced."""
+        if needs_gradients(example_inputs):
+            return 0
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        parameters = {
+            node: value
+            for node, value in zip(placeholders, example_inputs, strict=True)
+            if isinstance(value, nn.Parameter) and value.dim() == 1 and value.device.type == "cpu"
+        }
+        known: dict[object, NormFacts | None] = {}
+        return sum(_replace(gm, nodes, parameters, owners, known) for nodes in _by_module(gm))
+
+    return run
 
 
 def _by_module(gm: fx.GraphModule) -> list[list[fx.Node]]:

@@ -30,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit(f"KTCOMPILE_EXPECT_ISAS names {', '.join(missing)}, but only {found} run here", returncode=4)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take a minute each, or one process has them when the others have ended."""
+    items.sort(key=lambda item: item.path.name != "test_triton_kernels.py")
+
+
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
     """Give `set_num_threads`, and restore the numbers of native threads and of torch's afterwards."""

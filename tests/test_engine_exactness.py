@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from helpers.engines import Answer, engine_of, memory_of, prompts, serve, tiny
 from helpers.processes import run_python
 
+import ktcompile
 from ktcompile.engine.engine import Engine
 from ktcompile.engine.generate import generate
 from ktcompile.engine.sampling_params import SamplingParams
@@ -41,9 +43,9 @@ def in_company(engine: Engine, others: int, params: SamplingParams) -> Answer:
     return serve(engine, company)[others // 2]
 
 
-def check(family: str, dtype: torch.dtype, **options: Any) -> None:
+def check(family: str, dtype: torch.dtype, **options: Any) -> Answer:
     """Two engines of a model give PROMPT's answers alone and in any company, with any cuts, and where requests are
-    preempted."""
+    preempted. Return the greedy one."""
     engine = engine_of(tiny(family, dtype), **options)
     alone = [serve(engine, [(PROMPT, params)])[0] for params in (GREEDY, DRAWN)]
     assert all(len(answer.token_ids) == LENGTH for answer in alone) and alone[0] != alone[1]
@@ -57,12 +59,12 @@ def check(family: str, dtype: torch.dtype, **options: Any) -> None:
     for params, expected in zip((GREEDY, DRAWN), alone, strict=True):
         assert in_company(narrow, 7, params) == expected, "in little memory"
     assert narrow.stats().num_preemptions > 0
+    return alone[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_company_and_cuts_change_no_token(family: str, dtype: torch.dtype) -> None:
-    check(family, dtype)
+def test_company_and_cuts_change_no_token(family: str) -> None:
+    check(family, torch.bfloat16)
 
 
 def test_nor_do_they_with_keys_and_values_in_int8() -> None:
@@ -70,37 +72,39 @@ def test_nor_do_they_with_keys_and_values_in_int8() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_those_of_the_compiled_model(family: str) -> None:
-    """One sequence, transformers' cache and masks, the same kernels."""
+def test_nor_do_they_in_fp32_and_tokens_are_those_of_the_compiled_model(family: str) -> None:
+    """That is one sequence, transformers' cache and masks, the same kernels."""
+    answer = check(family, torch.float32)
+    torch._dynamo.reset()
     model = tiny(family)
     model.set_attn_implementation("kt")
     run = torch.compile(model.forward, backend="kt", dynamic=True)
-    expected = list(generate(model, PROMPT, LENGTH, forward=run))
-    torch._dynamo.reset()
-    engine = engine_of(tiny(family))
-    assert serve(engine, [(PROMPT, GREEDY)])[0].token_ids == expected
+    assert answer.token_ids == list(generate(model, PROMPT, LENGTH, forward=run))
 
 
-def test_tokens_are_the_same_after_a_restart() -> None:
-    """Of the embedded model in two processes of other numbers of threads: the second has other cuts of prompts."""
-    program = """
-        import json, sys
+def of_the_embedded_model(**options: Any) -> str:
+    """Return what three requests get from an engine of its own, in JSON."""
+    texts = ["def fibonacci(n):", "import os\n" * 40, "class Tree:\n    def insert(self, key):\n"]
+    params = [
+        SamplingParams(24, 0.0, logprobs=3),
+        SamplingParams(24, 0.9, seed=11, n=2, logprobs=3),
+        SamplingParams(24, 1.1, 0.9, seed=-4, presence_penalty=0.5),
+    ]
+    with ktcompile.LLM(**options) as llm:
+        return json.dumps([[repr(o) for o in record.outputs] for record in llm.generate(texts, params)])
+
+
+def test_tokens_are_the_same_after_a_restart(threads: Callable[[int], None]) -> None:
+    """In another process with another number of threads and other cuts of prompts."""
+    program = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         import ktcompile
+        from test_engine_exactness import of_the_embedded_model
 
-        def main():
-            ktcompile.set_num_threads({threads})
-            llm = ktcompile.LLM({options})
-            prompts = ["def fibonacci(n):", "import os\\n" * 40, "class Tree:\\n    def insert(self, key):\\n"]
-            params = [
-                ktcompile.SamplingParams(24, 0.0, logprobs=3),
-                ktcompile.SamplingParams(24, 0.9, seed=11, n=2, logprobs=3),
-                ktcompile.SamplingParams(24, 1.1, 0.9, seed=-4, presence_penalty=0.5),
-            ]
-            records = llm.generate(prompts, params)
-            print(json.dumps([[repr(o) for o in record.outputs] for record in records]))
-
-        main()
+        ktcompile.set_num_threads(2)
+        print(of_the_embedded_model(max_num_seqs=3, max_num_batched_tokens=34, chunk_size=32, block_size=16))
     """
-    narrow = "max_num_seqs=3, max_num_batched_tokens=34, chunk_size=32, block_size=16"
-    first, second = (run_python(program.format(threads=n, options=o), timeout=300) for n, o in ((1, ""), (2, narrow)))
+    threads(1)
+    first, second = of_the_embedded_model(), run_python(program, timeout=300).strip()
     assert first == second and len(json.loads(first)[1]) == 2

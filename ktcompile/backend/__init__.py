@@ -10,6 +10,7 @@ from torch import fx
 from ktcompile.config import CompileOptions
 from ktcompile.graph import report
 from ktcompile.graph.gradients import needs_gradients
+from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.pipeline import run_passes
 from ktcompile.passes import passes_for
 from ktcompile.runtime.executable import InnerCompiler, build
@@ -34,8 +35,9 @@ def kt(
     if inner == "auto":
         inner = "inductor" if mode or placer is not None or needs_gradients(example_inputs) else "program"
     result = report.CompileReport(inner=inner)
-    gm = run_passes(_copy(gm), example_inputs, passes_for(settings), result, settings.dump_graphs)
-    compiled = build(gm, example_inputs, settings.weights == "take", _inner(inner, mode), placer)
+    owners = ParameterOwners()
+    gm = run_passes(_copy(gm), example_inputs, passes_for(settings, owners), result, settings.dump_graphs)
+    compiled = build(gm, example_inputs, owners if settings.weights == "take" else None, _inner(inner, mode), placer)
     report.record(result)
     return compiled
 

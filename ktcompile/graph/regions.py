@@ -32,10 +32,11 @@ class MoeRegion:
     spec: ExpertsSpec
 
 
-def find_regions(gm: fx.GraphModule, example_inputs: Sequence[object]) -> list[MoeRegion | str]:
+def find_regions(
+    gm: fx.GraphModule, example_inputs: Sequence[object], owners: ParameterOwners
+) -> list[MoeRegion | str]:
     """Return each experts module's region, or the reason why it is left as it is. Modules that already call
     an operator of ours are not among them."""
-    owners = ParameterOwners()
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     values = dict(zip(placeholders, example_inputs, strict=True))
     return [

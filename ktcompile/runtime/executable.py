@@ -106,15 +106,15 @@ class _Seen:
 def build(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
-    take: bool,
+    take_from: ParameterOwners | None,
     inner: InnerCompiler | str,
     placer: Placer | None = None,
 ) -> Callable[..., Any]:
     """Return `gm`, to be called with the inputs of the original graph.
 
-    take: free the weights' source storage after packing. inner: what compiles the graph that is left; "program":
-    nothing does, and what the kernels have runs as programs; "eager": all nodes run one by one. placer: None where
-    there is no device.
+    take_from: whose weights' source storage is freed after packing; None: it is kept. inner: what compiles the graph
+    that is left; "program": nothing does, and what the kernels have runs as programs; "eager": all nodes run one by
+    one. placer: None where there is no device.
     """
     direct = isinstance(inner, str) and placer is None and not needs_gradients(example_inputs)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -123,12 +123,11 @@ def build(
     if not packed and (placer is None or not experts):
         return _run_by(inner, gm, list(example_inputs), direct)
     replaced = {i for p in packed for i in p.positions if i is not None and not placeholders[i].users}
-    owners = ParameterOwners()
     layers = []
     for p in packed:
         weights = _weights(example_inputs, p)
-        alone = take and replaced.issuperset(i for i in p.positions[: p.spec.weights] if i is not None)
-        layers.append(_take(owners, weights, p.spec) if alone else _get(p.spec, weights))
+        alone = replaced.issuperset(i for i in p.positions[: p.spec.weights] if i is not None)
+        layers.append(_take(take_from, weights, p.spec) if take_from and alone else _get(p.spec, weights))
     if placer is not None and experts:
         placed: list[Any] = [
             from_handle(example_inputs[e.position]) if isinstance(e, GivenInput) else layers[packed.index(e)]
