@@ -15,7 +15,6 @@ from ktcompile.cache.leaf_first import LeafFirst
 from ktcompile.cache.lru import Lru
 from ktcompile.cache.policy import Limits
 from ktcompile.cache.sketch import Sketch
-from ktcompile.cache.value import Value
 
 TENANTS = ("", "a", "b")
 # A forest: the parent of each of some blocks, their positions, their owners.
@@ -240,18 +239,6 @@ def test_late_positions_are_worth_more_and_slow_loads_less():
     policy.insert("early", None, 1, 0, 1.0)
     policy.insert("late", "elsewhere", 1, 40_000, 0.0)
     assert policy.evict(1, 2.0) == ["early"], "to load it takes longer than to compute it"
-
-
-def test_value_learns_that_used_blocks_are_used_again():
-    rule = Value()
-    policy = LeafFirst(Limits(100), rule)
-    for now in range(6000):
-        for key in (now % 40, now + 100):
-            policy.touch(key, float(now))
-            if key not in policy:
-                policy.insert(key, None, 1, 0, float(now))
-    once, _, often = rule.odds
-    assert once < 0.5 and often > 1.5, rule.odds
 
 
 def test_a_sketch_counts_and_forgets():
