@@ -16,7 +16,7 @@ from ktcompile.cache.policy import K, Limits
 from ktcompile.cache.value import Shadow, Value
 
 # How many standard deviations of a walk by chance a lead must be.
-_SURE = 2.0
+_SURE = 3.0
 # After so many requests that made a difference what was before counts half.
 _MEMORY = 4000
 
