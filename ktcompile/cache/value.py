@@ -82,7 +82,7 @@ class Value(Generic[K]):
 
     def first(self, oldest: Sequence[Block[K]], now: float) -> Block[K]:
         """Return a block whose hits save nothing, or else the one that was used longest ago."""
-        return min(oldest, key=lambda block: (block.worth > 0, block.last, -block.position))
+        return min(oldest, key=lambda block: (block.worth > 0, block.last, -block.position, block.place))
 
     def admits(self, block: Block[K], victim: Block[K], now: float) -> bool:
         """A block that comes was used just now."""
