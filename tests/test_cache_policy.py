@@ -15,6 +15,7 @@ from ktcompile.cache.leaf_first import LeafFirst
 from ktcompile.cache.lru import Lru
 from ktcompile.cache.policy import Limits
 from ktcompile.cache.sketch import Sketch
+from ktcompile.cache.value import Value
 
 TENANTS = ("", "a", "b")
 # A forest: the parent of each of some blocks, their positions, their owners.
@@ -230,7 +231,9 @@ def test_what_comes_once_does_not_displace_what_is_popular():
 
 def test_late_positions_are_worth_more_and_slow_loads_less():
     worth = Worth(Recompute(1.0, 1 / 100), block_size=16, weight=1.0)
-    policy = policies.make("value", Limits(2), worth)
+    rule = Value(worth)
+    rule.trusted = True
+    policy = LeafFirst(Limits(2), rule)
     policy.insert("late", "elsewhere", 1, 40_000, 1.0)
     policy.insert("early", None, 1, 0, 1.0)
     assert policy.evict(1, 2.0) == ["early"]
