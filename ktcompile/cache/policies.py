@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ktcompile.cache.contest import Contest
 from ktcompile.cache.costs import Worth
 from ktcompile.cache.leaf_first import LeafFirst, Rule
 from ktcompile.cache.lru import Lru
@@ -22,8 +23,8 @@ def make(name: str, limits: Limits, worth: Worth | None = None) -> Policy[Any]:
     """
     rule: Rule[Any]
     if name == "value":
-        rule = Value(worth)
-    elif name == "wtinylfu":
+        return Contest(limits, Value(worth))
+    if name == "wtinylfu":
         rule = WTinyLfu(limits.capacity)
     elif name == "lru":
         rule = Lru()
