@@ -128,7 +128,7 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
     """
     # What a step of decode does here is not in the processor's caches, so each operation costs more than its work.
     rows = logits if logits.dtype == torch.float32 else logits.float()
-    values = rows.numpy()
+    values = rows.numpy(force=not rows.is_cpu)
     cells = values.data
     assert values.ndim == 2 and values.shape[0] == len(states), f"{len(states)} states for logits {values.shape}"
     scratch: Row | None = None  # for all rows: memory that is new costs as much as what is done in it

@@ -33,12 +33,18 @@ def load(request: dict[str, Any]) -> KtEngine:
     return KtEngine(Engine(request["model"], EngineOptions(max_model_len=request["length"], **kv)))
 
 
-def _without_cache(model: str, variant: str, threads: int, requests: int, length: int, **_: Any) -> Engine:
+def _without_cache(model: str, variant: str, threads: int, requests: int, length: int, **rest: Any) -> Engine:
     torch.set_num_threads(threads)
     experts, _, dense = variant.partition("+")
-    formats = {"weight_format": experts or "auto", "dense_format": dense or "auto"}
-    loaded = ktcompile.load(model, weight_format=formats["weight_format"], packed_cache=None)
-    options = EngineOptions(max_num_seqs=requests, max_model_len=length, enable_prefix_caching=False, **formats)
+    weights = experts or "auto"
+    loaded = ktcompile.load(model, weight_format=weights, packed_cache=None)
+    options = EngineOptions(
+        max_num_seqs=requests,
+        max_model_len=length,
+        enable_prefix_caching=False,
+        weight_format=weights,
+        dense_format=dense or "auto",
+    )
     return Engine.of_model(loaded, _Numbers(), options)
 
 
