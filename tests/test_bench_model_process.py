@@ -133,13 +133,14 @@ def test_the_engine_chooses_what_the_model_alone_does(monkeypatch, one_torch_thr
 
     request = {"model": str(tiny_model.path()), "threads": 1, "steps": 4, "variant": "", "requests": 2, "length": 30}
     prompts = [list(range(3, 20)), list(range(40, 57))]
-    alone = transformers_driver.load({**request, "kind": "kt-eager", "cache": "dynamic"})
-    engine = kt_engine_driver.load(request)
-    chosen = []
-    for driver in (alone, engine, engine):  # the second time after an end
-        driver.start(prompts)
-        chosen.append([driver.step() for _ in range(3)])
-        driver.finish()
+    with torch.no_grad():  # the driver turns gradients off for good
+        alone = transformers_driver.load({**request, "kind": "kt-eager", "cache": "dynamic"})
+        engine = kt_engine_driver.load(request)
+        chosen = []
+        for driver in (alone, engine, engine):  # the second time after an end
+            driver.start(prompts)
+            chosen.append([driver.step() for _ in range(3)])
+            driver.finish()
     assert chosen[0] == chosen[1] == chosen[2] and len({tuple(tokens) for tokens in chosen[0]}) > 1
     assert engine.vocab_size == 4096 and engine.facts["kv_blocks"] >= 2
 
