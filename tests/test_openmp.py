@@ -16,7 +16,12 @@ from ktcompile.ops.threads import native_threads
 
 def sleeps():
     # How often each thread has gone to sleep.
-    status = {task.name: (task / "status").read_text() for task in Path("/proc/self/task").iterdir()}
+    status = {}
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            status[task.name] = (task / "status").read_text()
+        except FileNotFoundError:
+            pass  # of another library, and it has just ended
     return {name: int(text.split("voluntary_ctxt_switches:", 1)[1].split()[0]) for name, text in status.items()}
 
 torch.set_num_threads(3)
