@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import ktcompile
+from ktcompile.bench.model.drivers.kt_engine_driver import Numbers
 from ktcompile.cache.rates import Rates
 from ktcompile.cache.transfer import BlockMemory
 from ktcompile.engine.engine import Engine
@@ -34,13 +35,6 @@ from ktcompile.scheduler.policy import SchedulerOptions
 from ktcompile.scheduler.scheduler import Scheduler
 
 GREEDY = SamplingParams(1, 0.0, ignore_eos=True)
-
-
-class Numbers:
-    """Stands for a tokenizer."""
-
-    def decode(self, token_ids: list[int], **_: object) -> str:
-        return "".join(f" {token}" for token in token_ids)
 
 
 def main() -> None:

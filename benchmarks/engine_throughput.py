@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import ktcompile
+from ktcompile.bench.model.drivers.kt_engine_driver import Numbers
 from ktcompile.engine.engine import Engine
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.sampling_params import SamplingParams
@@ -60,13 +61,6 @@ def main() -> None:
     if args.json:
         facts = vars(args) | {"torch": torch.__version__, "threads": ktcompile.get_num_threads()}
         Path(args.json).write_text(json.dumps(facts | {"figures": best}))
-
-
-class Numbers:
-    """Stands for a tokenizer."""
-
-    def decode(self, token_ids: list[int], **_: Any) -> str:
-        return "".join(f" {token}" for token in token_ids)
 
 
 class Timed:

@@ -45,10 +45,10 @@ def _without_cache(model: str, variant: str, threads: int, requests: int, length
         weight_format=weights,
         dense_format=dense or "auto",
     )
-    return Engine.of_model(loaded, _Numbers(), options)
+    return Engine.of_model(loaded, Numbers(), options)
 
 
-class _Numbers:
+class Numbers:
     """Stands for a tokenizer, which a folder may lack."""
 
     def decode(self, token_ids: list[int], **_: Any) -> str:
