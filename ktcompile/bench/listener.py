@@ -11,6 +11,13 @@ class Report(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+class Interruptible(Report, Protocol):
+    """What was measured until its end, or until Ctrl-C."""
+
+    @property
+    def interrupted(self) -> bool: ...
+
+
 class Listener(Protocol):
     """Is told what goes on. advance: turns that are over, or will not be. save: the report so far, after a round."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktcompile.cli import bench_cache, bench_model, bench_serve
-from ktcompile.cli.bench_session import check_outputs, replot, session, write
+from ktcompile.cli.bench_session import check_outputs, finish, replot, session
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,14 +93,8 @@ def run_kernels(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_json(), indent=1))
     else:
         _print(report)
-    write(report, args.out)
-    if args.out:
-        print(f"wrote {args.out}", file=sys.stderr)
-    if args.plot:
-        _draw(report, args.plot)
-    if report.interrupted:
-        return 130
-    return int(any(name.startswith("ktcompile-") for s in report.shapes for name in s.skipped))
+    failed = any(name.startswith("ktcompile-") for s in report.shapes for name in s.skipped)
+    return finish(report, args.out, args.plot, _draw, failed=failed)
 
 
 def _benchmark(args: argparse.Namespace) -> KernelsBenchmark:

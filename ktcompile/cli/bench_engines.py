@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktcompile.cli.bench_session import pairs, replot, session, write
+from ktcompile.cli.bench_session import finish, pairs, replot, session
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,14 +69,8 @@ def run_engines(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_json(), indent=1))
     else:
         _print(report)
-    write(report, args.out)
-    if args.out:
-        print(f"wrote {args.out}", file=sys.stderr)
-    if args.plot:
-        _draw(report, args.plot)
-    if report.interrupted:
-        return 130
-    return int(any(contender.ours and contender.name in report.skipped for contender in report.contenders))
+    failed = any(contender.ours and contender.name in report.skipped for contender in report.contenders)
+    return finish(report, args.out, args.plot, _draw, failed=failed)
 
 
 def _benchmark(args: argparse.Namespace) -> EnginesBenchmark:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktcompile.cli.bench_session import check_outputs, pairs, replot, session, write
+from ktcompile.cli.bench_session import check_outputs, finish, pairs, replot, session
 from ktcompile.cli.sizes import human
 
 if TYPE_CHECKING:
@@ -85,14 +85,8 @@ def run_model(args: argparse.Namespace) -> int:
     with session(benchmark.turns, benchmark.settings.threads, _LIBRARIES, args.json) as (machine, listener):
         report = run.run(benchmark, machine, listener)
     _print(report)
-    write(report, args.json)
-    if args.json:
-        print(f"wrote {args.json}", file=sys.stderr)
-    if args.plot:
-        _draw(report, args.plot)
-    if report.interrupted:
-        return 130
-    return int(any(name.partition(":")[0] in ("kt", "kt-eager", "kt-engine") for name in report.skipped))
+    failed = any(name.partition(":")[0] in ("kt", "kt-eager", "kt-engine") for name in report.skipped)
+    return finish(report, args.json, args.plot, _draw, failed=failed)
 
 
 def _benchmark(args: argparse.Namespace) -> ModelBenchmark:

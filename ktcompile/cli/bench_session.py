@@ -20,9 +20,10 @@ from ktcompile.plan.files import check_writable
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from ktcompile.bench.listener import Report
+    from ktcompile.bench.listener import Interruptible, Report
 
 R = TypeVar("R")
+Measured = TypeVar("Measured", bound="Interruptible")
 # From here on a machine is not idle.
 _LOAD_TO_MENTION = 0.5
 _SECONDS_OF_A_LINE = 60
@@ -80,6 +81,18 @@ def write(report: Report, out: Path | None) -> None:
         unfinished = out.with_name(out.name + ".part")
         unfinished.write_text(json.dumps(report.to_json(), indent=1) + "\n")
         unfinished.replace(out)
+
+
+def finish(
+    report: Measured, out: Path | None, plot: Path | None, draw: Callable[[Measured, Path], None], *, failed: bool
+) -> int:
+    """Write and draw what was measured, where that is asked for, and return the exit status."""
+    write(report, out)
+    if out:
+        print(f"wrote {out}", file=sys.stderr)
+    if plot:
+        draw(report, plot)
+    return 130 if report.interrupted else int(failed)
 
 
 def write_record(record: dict[str, Any], out: Path) -> None:
