@@ -2,12 +2,16 @@
 
 constexpr int column_vectors = panel_columns / vec::lanes;
 
-// Rows are cut into `count` tiles that differ by at most one row.
+// Rows are cut into `count` tiles that differ by at most one row, the larger ones first: AMX is configured again where
+// the number of rows changes.
 template <int max_rows = vec::max_rows>
 struct tiling {
   int rows, count;
   explicit tiling(int n, int most = max_rows) : rows(n), count((n + most - 1) / most) {}
-  int begin(int tile) const { return static_cast<int>(static_cast<long>(rows) * tile / count); }
+  int begin(int tile) const {
+    const int larger = rows % count;
+    return rows / count * tile + (tile < larger ? tile : larger);
+  }
 };
 
 inline void prefetch_l1(const char* p) { __builtin_prefetch(p, 0, 3); }

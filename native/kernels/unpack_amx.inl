@@ -5,30 +5,29 @@
 using bf16_tile_block = block<std::uint16_t, 32, 16>;
 using int8_tile_block = block<std::uint8_t, 64, 16>;
 
-inline void prefetch_next(const gemm_job& job) {
-  if (!job.next) return;
-  const char* next = static_cast<const char*>(job.next);
-  for (std::size_t i = 0, bytes = part_bytes(job); i < bytes; i += 64) prefetch_l2(next + i);
+// A panel's part as it lies.
+inline tile_gemm as_it_lies(const gemm_job& job) {
+  return {static_cast<const char*>(job.panel) + job.layout->code_offset(job.k_begin),
+          job.rows_packed,
+          job.rows,
+          job.layout->k,
+          job.k_begin,
+          job.k_end,
+          job.c,
+          job.k_begin == 0,
+          false,
+          static_cast<const char*>(job.next),
+          part_bytes(job)};
 }
 
-inline const char* codes_at(const gemm_job& job, std::size_t k) {
-  return static_cast<const char*>(job.panel) + job.layout->code_offset(k);
-}
-
-inline void gemm_tiles_bf16(const gemm_job& job) {
-  prefetch_next(job);
-  tile_gemm_bf16({codes_at(job, job.k_begin), job.rows_packed, job.rows, job.layout->k, job.k_begin, job.k_end, job.c,
-                  job.k_begin == 0});
-}
+inline void gemm_tiles_bf16(const gemm_job& job) { tile_gemm_bf16(as_it_lies(job)); }
 
 // Few rows are a matter of memory, which needs no tiles. The sums are integers: the same either way.
 constexpr int few_int8_rows = 4;
 
 inline void gemm_tiles_int8_dyn(const gemm_job& job) {
   if (job.rows <= few_int8_rows) return gemm_int8_dyn<dot, 64>(job);
-  prefetch_next(job);
-  tile_gemm_int8({codes_at(job, job.k_begin), job.rows_packed, job.rows, job.layout->k, job.k_begin, job.k_end, job.c,
-                  job.k_begin == 0});
+  tile_gemm_int8(as_it_lies(job));
   if (job.k_end == job.layout->k) scale_int8<dot>(job);
 }
 
@@ -54,7 +53,7 @@ void gemm_tiles_grouped(const gemm_job& job) {
     const std::size_t k = walk.k(), end = walk.stop(job.k_end);
     read_chunk<bf16_pair, true>(reader, walk, end, bf16,
                                 [&](std::size_t at) { load_scales(job.layout->format.scale, reader.at(at), scales); });
-    tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, job.layout->k, k, end, sums, true});
+    tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, job.layout->k, k, end, sums, true, true});
     add_scaled(sums, scales, job.rows, k == 0, job.c);
   }
 }
@@ -79,7 +78,7 @@ void gemm_tiles_carried(const gemm_job& job) {
     for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
       end = least(k + chunk_k<bf16_pair>, job.k_end);
       read_chunk<bf16_pair, true>(reader, walk, end, bf16, [](std::size_t) {});
-      tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, l.k, k, end, job.c, k == 0});
+      tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, l.k, k, end, job.c, k == 0, true});
     }
   }
   if (F == format::mxfp4 || job.k_end != l.k) return;

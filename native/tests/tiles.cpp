@@ -170,8 +170,8 @@ struct problem {
   // [k / U][rows of the tile][U] for each tile of rows
   void pack_rows(char* packed) const {
     const int count = (rows + 15) / 16;
-    for (int t = 0; t < count; ++t) {
-      const int begin = rows * t / count, end = rows * (t + 1) / count;
+    for (int t = 0, begin = 0, end; t < count; ++t, begin = end) {
+      end = begin + rows / count + (t < rows % count);
       for (std::size_t block = 0; block < k; block += unit())
         for (int m = begin; m < end; ++m, packed += 64)
           std::memcpy(packed, type == kind::bf16 ? static_cast<const void*>(&a16[m * k + block]) : &a8[m * k + block],
@@ -210,7 +210,8 @@ void test_product(const problem& p, std::vector<std::size_t> cuts, const kernel&
   for (std::size_t i = 0, from = 0; i < cuts.size(); from = cuts[i++]) {
     guarded w((cuts[i] - from) * 32 * p.element());
     std::memcpy(w.begin(), weights.data() + from * 32 * p.element(), w.bytes());
-    run({w.begin(), rows.begin(), p.rows, p.k, from, cuts[i], c.begin() + 1, i == 0});
+    run({w.begin(), rows.begin(), p.rows, p.k, from, cuts[i], c.begin() + 1, i == 0, below(2) == 0,
+         below(2) ? w.begin() : nullptr, w.bytes()});
     check(w.whole(), p.name() + ": guards of the weights");
   }
   check(rows.whole() && c.whole() && c.begin()[0] == '\xff', p.name() + ": guards");
@@ -222,7 +223,7 @@ void test_product(const problem& p, std::vector<std::size_t> cuts, const kernel&
 void test_products(const kernel& bf16, const kernel& int8, int rows) {
   for (bool special : {false, true})
     for (kind type : {kind::bf16, kind::int8}) {
-      const problem p(type, rows, 1 + below(5), special);
+      const problem p(type, rows, 1 + below(rows > 32 && below(4) == 0 ? 40 : 5), special);
       std::vector<std::size_t> cuts;
       for (std::size_t at = p.unit(); at < p.k; at += p.unit())
         if (below(2)) cuts.push_back(at);
