@@ -68,8 +68,9 @@ struct vec {
   static void store_f16(void* p, f32 x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void store_bf16(void* p, f32 x) {
-    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16);
+  static void store_bf16(void* p, f32 x) { store_high(p, round_bf16(x)); }
+  static void store_high(void* p, f32 x) {
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
   }
 
