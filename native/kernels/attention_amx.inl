@@ -19,7 +19,14 @@ void pack_bf16_keys(const pack_tile_job& job) {
   const std::size_t pairs = (job.size + tile_k - 1) / tile_k * tile_k / 2;
   for (int first = 0; first < attention_tile; first += vec::lanes) {
     float* to = static_cast<float*>(job.packed) + first / panel_columns * pairs * panel_columns + first % panel_columns;
-    for (std::size_t pair = 0; pair < pairs; pair += vec::lanes) {
+    std::size_t pair = 0;
+    for (; first + vec::lanes <= job.count && pair + vec::lanes <= job.size / 2; pair += vec::lanes) {
+      vec::f32 x[vec::lanes];
+      KT_UNROLLED (i, vec::lanes) x[i] = vec::load(static_cast<const float*>(job.rows[first + i]) + pair);
+      transpose(x);
+      KT_UNROLLED (i, vec::lanes) vec::store(to + (pair + i) * panel_columns, x[i]);
+    }
+    for (; pair < pairs; pair += vec::lanes) {
       vec::f32 x[vec::lanes];
       load_bytes(job, first, pair * 4, job.size * 2, x);
       transpose(x);
@@ -42,26 +49,32 @@ class bf16_words {
 
 bool pack_bf16_values(const pack_tile_job& job) {
   using words = bf16_words::words;
-  words sign = {};  // of some number set from the first on that is infinite or NaN
+  const std::size_t bytes = job.size * 2;
+  const auto load = [&](int j, std::size_t at) __attribute__((always_inline)) {
+    words x = {};
+    if (j >= job.count || at >= bytes) return x;
+    const char* row = static_cast<const char*>(job.rows[j]) + at;
+    if (at + sizeof x <= bytes) {
+      __builtin_memcpy(&x, row, sizeof x);
+      return x;
+    }
+    alignas(64) char rest[sizeof x] = {};
+    __builtin_memcpy(rest, row, bytes - at);
+    __builtin_memcpy(&x, rest, sizeof x);
+    return x;
+  };
+  words sign = {};  // set from the first number on that is infinite or NaN
   char* to = static_cast<char*>(job.packed);
-  for (std::size_t column = 0; column < job.size; column += panel_columns)
+  for (std::size_t panel = 0; panel < bytes; panel += panel_columns * 2)
     for (int j = 0; j < attention_tile; j += 2)
-      for (int c = 0; c < panel_columns; c += bf16_words::count, to += 2 * sizeof(words)) {
-        words x[2] = {};
-        const std::size_t at = (column + c) * 2, size = job.size * 2;
-        KT_UNROLLED (i, 2) {
-          if (j + i >= job.count || at >= size) continue;
-          const char* row = static_cast<const char*>(job.rows[j + i]) + at;
-          if (at + sizeof(words) <= size)
-            __builtin_memcpy(x + i, row, sizeof(words));
-          else
-            __builtin_memcpy(x + i, row, size - at);
-          sign |= (x[i] & 0x7fff) + 0x80;
-        }
-        const words low = __builtin_shuffle(x[0], x[1], bf16_words::pairs(0));
-        const words high = __builtin_shuffle(x[0], x[1], bf16_words::pairs(vec::lanes));
+      KT_UNROLLED (i, panel_columns / bf16_words::count) {
+        const words even = load(j, panel + i * sizeof(words)), odd = load(j + 1, panel + i * sizeof(words));
+        sign |= ((even & 0x7fff) + 0x80) | ((odd & 0x7fff) + 0x80);
+        const words low = __builtin_shuffle(even, odd, bf16_words::pairs(0));
+        const words high = __builtin_shuffle(even, odd, bf16_words::pairs(vec::lanes));
         __builtin_memcpy(to, &low, sizeof low);
         __builtin_memcpy(to + sizeof low, &high, sizeof high);
+        to += 2 * sizeof low;
       }
   unsigned all = 0;
   for (int i = 0; i < bf16_words::count; ++i) all |= sign[i];
