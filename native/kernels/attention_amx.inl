@@ -144,29 +144,39 @@ inline void multiply_on_tiles(tile_session& session, int rows, const tile_produc
   }
 }
 
+// 1 to 32 rows of a job, whose scores take the room of the first ones.
+inline attend_job rows_of(const attend_job& job, int first, int rows) {
+  attend_job part = job;
+  part.queries = static_cast<const char*>(job.queries) + first * job.size * 2;
+  part.rows = rows;
+  part.begin += first;
+  part.end += first;
+  part.mask_rows += first;
+  part.state = {job.state.max + first, job.state.sums + first * attention_sums, job.state.out + first * job.state.width,
+                job.state.width};
+  return part;
+}
+
 // The steps of 32 positions that some of its rows see: [begin, end).
 struct seen_steps {
   int begin, end;
-  seen_steps(const attend_job& job, int first, int last) {
-    const seen s(job, first, last);
-    begin = s.begin / static_cast<int>(tile_k);
-    end = s.begin < s.end ? (s.end + static_cast<int>(tile_k) - 1) / static_cast<int>(tile_k) : begin;
+  explicit seen_steps(const attend_job& job) {
+    constexpr int step = tile_k;
+    const seen s(job, 0, job.rows);
+    begin = s.begin / step;
+    end = s.begin < s.end ? (s.end + step - 1) / step : begin;
   }
 };
 
-void scores_on_tiles(tile_session& session, const attend_job& job, tile_fetch& fetch) {
+void scores_on_tiles(tile_session& session, const attend_job& job, const seen_steps& s, tile_fetch& fetch) {
   const std::size_t panel_bytes = job.size / tile_k * tile_k_bytes;
-  for (int r = 0, last; r < job.rows; r = last) {
-    last = r + two_tiles < job.rows ? r + two_tiles : job.rows;
-    const seen_steps s(job, r, last);
-    for (int panel = 0; panel < attention_tile / panel_columns; ++panel) {
-      fetch.step();
-      if (panel < s.begin || panel >= s.end) continue;
-      multiply_on_tiles(session, last - r,
-                        {static_cast<const char*>(job.queries) + r * job.size * 2, job.size * 2,
-                         static_cast<const char*>(job.keys) + panel * panel_bytes, static_cast<int>(job.size / tile_k),
-                         job.scores + r * attention_tile + panel * panel_columns, attention_tile, true});
-    }
+  for (int panel = 0; panel < attention_tile / panel_columns; ++panel) {
+    fetch.step();
+    if (panel < s.begin || panel >= s.end) continue;
+    multiply_on_tiles(
+        session, job.rows,
+        {static_cast<const char*>(job.queries), job.size * 2, static_cast<const char*>(job.keys) + panel * panel_bytes,
+         static_cast<int>(job.size / tile_k), job.scores + panel * panel_columns, attention_tile, true});
   }
 }
 
@@ -179,19 +189,15 @@ void shrink_sums(const attend_job& job, const float* factor) {
   }
 }
 
-void values_on_tiles(tile_session& session, const attend_job& job, const std::uint16_t* weights, tile_fetch& fetch) {
-  for (int r = 0, last; r < job.rows; r = last) {
-    last = r + two_tiles < job.rows ? r + two_tiles : job.rows;
-    const seen_steps s(job, r, last);
-    const char* values = static_cast<const char*>(job.values) + s.begin * tile_k_bytes;
-    for (std::size_t column = 0; column < job.columns; column += panel_columns, values += bf16_values_panel) {
-      fetch.step();
-      if (s.begin >= s.end) continue;
-      multiply_on_tiles(
-          session, last - r,
-          {reinterpret_cast<const char*>(weights + r * attention_tile + s.begin * tile_k), attention_tile * 2, values,
-           s.end - s.begin, job.state.out + r * job.state.width + column, job.state.width, false});
-    }
+void values_on_tiles(tile_session& session, const attend_job& job, const std::uint16_t* weights, const seen_steps& s,
+                     tile_fetch& fetch) {
+  const char* a = reinterpret_cast<const char*>(weights + s.begin * tile_k);
+  const char* values = static_cast<const char*>(job.values) + s.begin * tile_k_bytes;
+  for (std::size_t column = 0; column < job.columns; column += panel_columns, values += bf16_values_panel) {
+    fetch.step();
+    if (s.begin >= s.end) continue;
+    multiply_on_tiles(session, job.rows,
+                      {a, attention_tile * 2, values, s.end - s.begin, job.state.out + column, job.state.width, false});
   }
 }
 
@@ -224,14 +230,12 @@ inline vec::f32 round_weight(vec::f32 p) {
   return vec::sub(large, vec::sub(large, p));
 }
 
-void attend_bf16(const attend_job& job) {
-  float factor[attention_rows];
-  alignas(64) std::uint16_t weights[attention_rows * attention_tile];  // [rows][64]
-  const int panels =
-      attention_tile / panel_columns + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
-  tile_fetch fetch(job, panels * ((job.rows + two_tiles - 1) / two_tiles));
-  tile_session session;
-  scores_on_tiles(session, job, fetch);
+// 1 to 32 rows.
+void attend_two_tiles(tile_session& session, const attend_job& job, tile_fetch& fetch) {
+  float factor[two_tiles];
+  alignas(64) std::uint16_t weights[two_tiles * attention_tile];  // [rows][64]
+  const seen_steps s(job);
+  scores_on_tiles(session, job, s, fetch);
   weigh(job, factor, [&](int r, int j, vec::f32 p) {
     const vec::f32 rounded = round_weight(p);
     vec::store_high(weights + r * attention_tile + j, rounded);
@@ -239,9 +243,18 @@ void attend_bf16(const attend_job& job) {
   });
   shrink_sums(job, factor);
   if (job.finite)
-    values_on_tiles(session, job, weights, fetch);
+    values_on_tiles(session, job, weights, s, fetch);
   else
     bf16_values_one_by_one(job, weights);
+}
+
+// Two tiles of rows at a time from scores to sums: what they need fits in the first-level cache, or nearly.
+void attend_bf16(const attend_job& job) {
+  const int panels = static_cast<int>((attention_tile + job.columns + panel_columns - 1) / panel_columns);
+  tile_fetch fetch(job, panels * ((job.rows + two_tiles - 1) / two_tiles));
+  tile_session session;
+  for (int r = 0; r < job.rows; r += two_tiles)
+    attend_two_tiles(session, rows_of(job, r, job.rows - r < two_tiles ? job.rows - r : two_tiles), fetch);
 }
 
 constexpr attention_kernels attention_bf16 = {

@@ -217,14 +217,21 @@ class block_worker {
     const tile_rows values(v_, a.value, a.value_scales, b, p, next ? attention_tile + next : count);
     std::int32_t begin[attention_rows], end[attention_rows];
     bool masked = a.mask_kind != mask_type::none && a.mask_kind != mask_type::boolean;
+    std::int64_t query = b.first / v_.group, next_query = (query + 1) * v_.group - b.first;  // from this row on
+    std::int32_t begin_seen = 0, end_seen = 0;
     for (int r = 0; r < b.rows(); ++r) {
-      const std::int64_t query = (b.first + r) / v_.group;
-      begin[r] = inside(v_.begin(b.sequence, query) - p);
-      end[r] = inside(v_.end(b.sequence, query) - p);
+      const bool another = r == next_query;
+      if (another) ++query, next_query += v_.group;
+      if (another || r == 0) {
+        begin_seen = inside(v_.begin(b.sequence, query) - p);
+        end_seen = inside(v_.end(b.sequence, query) - p);
+      }
+      begin[r] = begin_seen;
+      end[r] = end_seen;
       if (a.mask_kind == mask_type::none) continue;
       masks[r] = v_.mask(b, b.first + r, p);
       if (a.mask_kind == mask_type::boolean) {
-        const bool same = r > 0 && query == (b.first + r - 1) / v_.group && masks[r] == masks[r - 1];
+        const bool same = r > 0 && !another && masks[r] == masks[r - 1];
         if (same)
           begin[r] = begin[r - 1], end[r] = end[r - 1];
         else
