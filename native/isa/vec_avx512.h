@@ -80,7 +80,10 @@ struct vec {
   static f32 mul(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
   static f32 div(f32 a, f32 b) { return _mm512_div_ps(a, b); }
   static f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in gcc 12's own header
   static f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
+#pragma GCC diagnostic pop
   static f32 abs(f32 a) { return _mm512_abs_ps(a); }
   static f32 select_negative(f32 sign, f32 negative, f32 other) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), other, negative);
