@@ -11,12 +11,15 @@ from helpers.compare import assert_exact, assert_reduction
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktcompile import _native
 from ktcompile.machine import machine
 from ktcompile.ops import attention, paged_attention
 from ktcompile.ops import attention_reference as reference
 
 ISAS = machine().isas
-FAST = machine().isa
+# The best of each of two orders of sums, where queries, keys and values are bf16: of AMX, and of all others.
+ORDERS = tuple(next(isa for isa in ISAS if _native.sums_on_tiles(isa) == tiles) for tiles in (False, True))
+ORDERS_OF_DTYPES = [*((dtype, ORDERS[0]) for dtype in DTYPES), (torch.bfloat16, ORDERS[1])]
 CAUSAL = {"causal": True}
 # Positions around the edges of tiles and splits.
 LENGTHS = (1, 17, 63, 64, 65, 255, 257, 1000)
@@ -40,20 +43,23 @@ def test_positions(positions: int, dtype: torch.dtype) -> None:
         assert_reduction(attention(*inputs, **CAUSAL), reference.attention(*inputs, **CAUSAL), f"{queries} queries")
 
 
+@pytest.mark.parametrize("isa", ORDERS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_head_sizes(sizes: tuple[int, int]) -> None:
+def test_head_sizes(sizes: tuple[int, int], isa: str) -> None:
     for dtype in DTYPES:
         inputs = random_inputs(Shape(1, 4, 2, 7, 130, *sizes), dtype)
-        got, wanted = attention(*inputs, **CAUSAL), reference.attention(*inputs, **CAUSAL)
+        got, wanted = attention(*inputs, **CAUSAL, isa=isa), reference.attention(*inputs, **CAUSAL)
         assert got.shape == (1, 4, 7, sizes[1]) and got.dtype == dtype
         assert_reduction(got, wanted, str(dtype))
 
 
+@pytest.mark.parametrize("isa", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_rules(rule: str) -> None:
+def test_rules(rule: str, isa: str) -> None:
     for dtype in DTYPES:
         inputs = random_inputs(Shape(), dtype)
-        assert_reduction(attention(*inputs, **RULES[rule]), reference.attention(*inputs, **RULES[rule]), str(dtype))
+        got, wanted = attention(*inputs, **RULES[rule], isa=isa), reference.attention(*inputs, **RULES[rule])
+        assert_reduction(got, wanted, str(dtype))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -62,7 +68,8 @@ def test_every_instruction_set_gives_the_same_bits(rule: str, isa: str) -> None:
     for sizes in ((16, 16), (80, 36), (9, 3)):
         for dtype in DTYPES:
             inputs = random_inputs(Shape(2, 4, 2, 5, 70, *sizes), dtype)
-            assert_exact(attention(*inputs, **RULES[rule], isa=isa), attention(*inputs, **RULES[rule], isa=FAST), isa)
+            same = ORDERS[dtype == torch.bfloat16 and _native.sums_on_tiles(isa)]
+            assert_exact(attention(*inputs, **RULES[rule], isa=isa), attention(*inputs, **RULES[rule], isa=same), isa)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1), (140, 1)], ids=str)
@@ -77,8 +84,13 @@ def test_masks(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     numbers = torch.randn(shape, generator=generator)
     mask = numbers > -0.5 if dtype == torch.bool else numbers.masked_fill(numbers > 1, -torch.inf).to(dtype)
-    inputs = random_inputs(Shape())
-    assert_reduction(attention(*inputs, mask=mask, **CAUSAL), reference.attention(*inputs, mask=mask, **CAUSAL))
+    for of_inputs, isa in zip((torch.float32, torch.bfloat16), ORDERS, strict=True):
+        inputs = random_inputs(Shape(), of_inputs)
+        got, wanted = (
+            attention(*inputs, mask=mask, **CAUSAL, isa=isa),
+            reference.attention(*inputs, mask=mask, **CAUSAL),
+        )
+        assert_reduction(got, wanted, isa)
 
 
 def test_a_mask_of_the_lowest_number_gives_the_mean_of_values() -> None:
@@ -102,64 +114,73 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_masked_keys_and_values_may_hold_anything(kind: str, bad: float, isa: str) -> None:
-    inputs = random_inputs(Shape(positions=135))
-    seen = torch.rand(135, generator=torch.Generator().manual_seed(1)) < 0.8
-    mask = seen if kind == "boolean" else torch.zeros(135).masked_fill(~seen, -torch.inf)
-    wanted = attention(*inputs, mask=mask, isa=isa)
-    inputs.key[:, :, ~seen] = bad
-    inputs.value[:, :, ~seen] = bad
-    assert_exact(attention(*inputs, mask=mask, isa=isa), wanted)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = random_inputs(Shape(positions=135), dtype)
+        seen = torch.rand(135, generator=torch.Generator().manual_seed(1)) < 0.8
+        mask = seen if kind == "boolean" else torch.zeros(135).masked_fill(~seen, -torch.inf)
+        wanted = attention(*inputs, mask=mask, isa=isa)
+        inputs.key[:, :, ~seen] = bad
+        inputs.value[:, :, ~seen] = bad
+        assert_exact(attention(*inputs, mask=mask, isa=isa), wanted, str(dtype))
 
 
-def test_later_positions_may_hold_anything() -> None:
-    inputs = random_inputs(Shape(queries=135, positions=135))
-    wanted = attention(*inputs, causal=True, window=50)
-    inputs.key[:, :, 100:] = torch.nan
-    inputs.value[:, :, 100:] = torch.inf
-    assert_exact(attention(*inputs, causal=True, window=50)[:, :, :100], wanted[:, :, :100])
+@pytest.mark.parametrize("isa", ORDERS)
+def test_later_positions_may_hold_anything(isa: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = random_inputs(Shape(queries=135, positions=135), dtype)
+        wanted = attention(*inputs, causal=True, window=50, isa=isa)
+        inputs.key[:, :, 100:] = torch.nan
+        inputs.value[:, :, 100:] = torch.inf
+        got = attention(*inputs, causal=True, window=50, isa=isa)
+        assert_exact(got[:, :, :100], wanted[:, :, :100], str(dtype))
 
 
-def test_numbers_that_are_not_finite_spread_to_those_who_see_them() -> None:
-    inputs = random_inputs(Shape(queries=9, positions=9))
-    inputs.value[0, 0, 4, 3] = torch.inf
-    inputs.key[1, 1, 6] = torch.nan
-    got = attention(*inputs, **CAUSAL)
-    assert got[0, :2, 4:, 3].isinf().all() and got[1, 2:, 6:].isnan().all()
-    assert got[0, :, :4].isfinite().all() and got[0, 2:].isfinite().all() and got[1, 2:, :6].isfinite().all()
+@pytest.mark.parametrize("isa", ORDERS)
+def test_numbers_that_are_not_finite_spread_to_those_who_see_them(isa: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = random_inputs(Shape(queries=9, positions=9), dtype)
+        inputs.value[0, 0, 4, 3] = torch.inf
+        inputs.key[1, 1, 6] = torch.nan
+        got = attention(*inputs, **CAUSAL, isa=isa)
+        assert got[0, :2, 4:, 3].isinf().all() and got[1, 2:, 6:].isnan().all()
+        assert got[0, :, :4].isfinite().all() and got[0, 2:].isfinite().all() and got[1, 2:, :6].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1, 16, 100])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_chunks_of_a_prompt_give_the_same_bits(dtype: torch.dtype, size: int) -> None:
+@pytest.mark.parametrize(("dtype", "isa"), ORDERS_OF_DTYPES, ids=str)
+def test_chunks_of_a_prompt_give_the_same_bits(dtype: torch.dtype, isa: str, size: int) -> None:
     length = 330
     query, key, value = random_inputs(Shape(1, 4, 2, length, length, 32, 32), dtype)
     for rule in (CAUSAL, {"causal": True, "window": 90}, {"causal": True, "sinks": torch.randn(4)}):
-        whole = attention(query, key, value, **rule)
+        whole = attention(query, key, value, **rule, isa=isa)
         for begin in range(0, length, size):
             end = min(begin + size, length)
-            part = attention(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], **rule)
+            part = attention(query[:, :, begin:end], key[:, :, :end], value[:, :, :end], **rule, isa=isa)
             assert_exact(part, whole[:, :, begin:end], f"queries from {begin} on")
 
 
-def test_a_sequence_gives_the_same_bits_alone_and_in_a_batch() -> None:
-    inputs = random_inputs(Shape(5, 4, 2, 3, 600))
+@pytest.mark.parametrize("isa", ORDERS)
+def test_a_sequence_gives_the_same_bits_alone_and_in_a_batch(isa: str) -> None:
+    inputs = random_inputs(Shape(5, 4, 2, 3, 600), torch.bfloat16 if isa == ORDERS[1] else torch.float32)
     lengths = torch.tensor([600, 3, 64, 511, 257])
-    together = attention(*inputs, lengths=lengths, **CAUSAL)
+    rule = {**CAUSAL, "isa": isa}
+    together = attention(*inputs, lengths=lengths, **rule)
     for b, length in enumerate(lengths.tolist()):
-        alone = attention(*(x[b : b + 1, :, :length] for x in inputs), **CAUSAL)
+        alone = attention(*(x[b : b + 1, :, :length] for x in inputs), **rule)
         assert_exact(alone, together[b : b + 1], f"sequence {b}")
-        head = attention(inputs.query[b : b + 1, 3:], *(x[b : b + 1, 1:, :length] for x in inputs[1:]), **CAUSAL)
+        head = attention(inputs.query[b : b + 1, 3:], *(x[b : b + 1, 1:, :length] for x in inputs[1:]), **rule)
         assert_exact(head, together[b : b + 1, 3:], f"a head of sequence {b}")
 
 
-def test_threads_give_the_same_bits(threads: Any) -> None:
+@pytest.mark.parametrize("isa", ORDERS)
+def test_threads_give_the_same_bits(threads: Any, isa: str) -> None:
     for shape in (Shape(1, 4, 1, 1, 3000), Shape(2, 4, 2, 90, 700), Shape(1, 2, 2, 1, 10)):
         inputs = random_inputs(shape, torch.bfloat16)
         threads(1)
-        wanted = attention(*inputs, **CAUSAL)
+        wanted = attention(*inputs, **CAUSAL, isa=isa)
         for count in (2, 3, 5, 8):
             threads(count)
-            assert_exact(attention(*inputs, **CAUSAL), wanted, f"{count} threads")
+            assert_exact(attention(*inputs, **CAUSAL, isa=isa), wanted, f"{count} threads")
 
 
 def test_a_boolean_mask_gives_the_bits_of_the_rule_that_it_spells_out() -> None:
@@ -184,7 +205,7 @@ def test_blocks_give_the_bits_of_rows_in_order(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 400), min_size=1, max_size=4))
     queries = [data.draw(st.integers(0, min(length, 70))) for length in lengths]
     window = data.draw(st.sampled_from([None, 1, 100]))
-    dtype = data.draw(st.sampled_from(DTYPES))
+    dtype, isa = data.draw(st.sampled_from(ORDERS_OF_DTYPES))
     width = -(-max(lengths) // block_size)
     table = torch.randperm(len(lengths) * width).reshape(len(lengths), width).to(torch.int32)
     sinks = torch.randn(4)
@@ -199,10 +220,11 @@ def test_blocks_give_the_bits_of_rows_in_order(data: st.DataObject) -> None:
         torch.tensor([0, *queries]).cumsum(0),
         sinks=sinks,
         window=window,
+        isa=isa,
     )
     for b, (length, q) in enumerate(zip(lengths, queries, strict=True)):
         rows = [x[b : b + 1, :, :length] for x in (key, value)]
-        wanted = attention(parts[b][None], *rows, causal=True, sinks=sinks, window=window)
+        wanted = attention(parts[b][None], *rows, causal=True, sinks=sinks, window=window, isa=isa)
         assert_exact(got[sum(queries[:b]) :][:q].transpose(0, 1)[None], wanted, f"sequence {b}")
 
 

@@ -68,8 +68,9 @@ struct vec {
   static void store_f16(void* p, f32 x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  static void store_bf16(void* p, f32 x) {
-    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16);
+  static void store_bf16(void* p, f32 x) { store_high(p, round_bf16(x)); }
+  static void store_high(void* p, f32 x) {
+    const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
   }
 
@@ -79,7 +80,10 @@ struct vec {
   static f32 mul(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
   static f32 div(f32 a, f32 b) { return _mm512_div_ps(a, b); }
   static f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // in gcc 12's own header
   static f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
+#pragma GCC diagnostic pop
   static f32 abs(f32 a) { return _mm512_abs_ps(a); }
   static f32 select_negative(f32 sign, f32 negative, f32 other) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign)), other, negative);

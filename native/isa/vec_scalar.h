@@ -28,7 +28,9 @@ struct vec {
   static f32 bf16_even(const void* p) { return as_f32(static_cast<std::uint32_t>(bits16(p)) << 16); }
   static f32 bf16_odd(const void* p) { return bf16_even(static_cast<const char*>(p) + 2); }
   static void store_f16(void* p, f32 x) { put16(p, f32_to_f16(x)); }
-  static void store_bf16(void* p, f32 x) { put16(p, as_u32(round_bf16(x)) >> 16); }
+  static void store_bf16(void* p, f32 x) { store_high(p, round_bf16(x)); }
+  // The upper halves: numbers that are rounded to bf16.
+  static void store_high(void* p, f32 x) { put16(p, as_u32(x) >> 16); }
 
   static f32 fma(f32 a, f32 b, f32 c) { return __builtin_fmaf(a, b, c); }
   static f32 add(f32 a, f32 b) { return a + b; }

@@ -115,7 +115,8 @@ void scores(const attend_job& job, tile_fetch& fetch) {
       fetch.step();
       if (columns <= 0) continue;
       multiply_rows(last - r,
-                    {job.keys + panel * job.size * panel_columns, job.queries + r * job.size, job.size, job.size / 2,
+                    {static_cast<const float*>(job.keys) + panel * job.size * panel_columns,
+                     static_cast<const float*>(job.queries) + r * job.size, job.size, job.size / 2,
                      job.scores + r * attention_tile + panel * panel_columns, attention_tile, nullptr},
                     columns);
     }
@@ -145,12 +146,18 @@ class mask_row {
   alignas(64) float values_[attention_tile] = {};
 };
 
-inline float largest(vec::f32 x) {
-  float lanes[vec::lanes];
-  vec::store(lanes, x);
-  for (int n = vec::lanes / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
-  return lanes[0];
+template <class V>
+float largest(V x) {
+  constexpr int lanes = sizeof(V) / 4;
+  if constexpr (lanes > 8) x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(8)));
+  if constexpr (lanes > 1) {
+    x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(4)));
+    x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(2)));
+    x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(1)));
+    return x[0];
+  } else {
+    return x;
+  }
 }
 
 struct alignas(64) places_of_tile {
@@ -198,24 +205,25 @@ void factors(const float* from, const float* to, int rows, float* result) {
   }
 }
 
-// Scores become weights; `factor`: by what all that is summed up shrinks.
-void weigh(const attend_job& job, float* factor) {
+// Scores become weights; `factor`: by what all that is summed up shrinks. keep(r, j, p) takes the weights p of row r
+// from position j on, and returns what is summed up.
+template <class Keep>
+void weigh(const attend_job& job, float* factor, Keep keep) {
   float most[attention_rows];
   mask_row mask;
   for (int r = 0; r < job.rows; ++r) most[r] = finish_scores(job, r, mask(job, r), job.state.max[r]);
   factors(job.state.max, most, job.rows, factor);
   constexpr int vectors = attention_sums / vec::lanes;
   for (int r = 0; r < job.rows; ++r) {
-    float *row = job.scores + r * attention_tile, *sums = job.state.sums + r * attention_sums;
+    const float* row = job.scores + r * attention_tile;
+    float* sums = job.state.sums + r * attention_sums;
     const vec::f32 m = vec::set1(most[r]), f = vec::set1(factor[r]);
     job.state.max[r] = most[r];
     KT_UNROLLED (v, vectors) {
       vec::f32 sum = vec::mul(vec::load(sums + v * vec::lanes), f);
       KT_UNROLLED (i, attention_tile / attention_sums) {
-        float* at = row + i * attention_sums + v * vec::lanes;
-        const vec::f32 p = exp(vec::sub(vec::load(at), m));
-        vec::store(at, p);
-        sum = vec::add(sum, p);
+        const int j = i * attention_sums + v * vec::lanes;
+        sum = vec::add(sum, keep(r, j, exp(vec::sub(vec::load(row + j), m))));
       }
       vec::store(sums + v * vec::lanes, sum);
     }
@@ -232,8 +240,8 @@ void weighted_values(const attend_job& job, const float* factor, tile_fetch& fet
       if (s.begin >= s.end) continue;
       multiply_rows(
           last - r,
-          {job.values + column * attention_tile + s.begin * panel_columns, job.scores + r * attention_tile + s.begin,
-           attention_tile, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
+          {static_cast<const float*>(job.values) + column * attention_tile + s.begin * panel_columns,
+           job.scores + r * attention_tile + s.begin, attention_tile, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
            job.state.out + r * job.state.width + column, job.state.width, factor + r},
           static_cast<int>(job.columns - column < panel_columns ? job.columns - column : panel_columns));
     }
@@ -245,7 +253,8 @@ void weighted_values_one_by_one(const attend_job& job, const float* factor) {
     const float* p = job.scores + r * attention_tile;
     for (std::size_t c = 0; c < job.columns; c += vec::lanes) {
       float* out = job.state.out + r * job.state.width + c;
-      const float* v = job.values + c / panel_columns * attention_tile * panel_columns + c % panel_columns;
+      const float* v = static_cast<const float*>(job.values) + c / panel_columns * attention_tile * panel_columns +
+                       c % panel_columns;
       vec::f32 sum = vec::mul(vec::load(out), vec::set1(factor[r]));
       for (int j = 0; j < attention_tile; ++j) {
         const int at = j ^ 1;
@@ -261,7 +270,10 @@ void attend(const attend_job& job) {
   const int panels = 2 + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
   tile_fetch fetch(job, panels * tiling<>(job.rows).count);
   scores(job, fetch);
-  weigh(job, factor);
+  weigh(job, factor, [&](int r, int j, vec::f32 p) {
+    vec::store(job.scores + r * attention_tile + j, p);
+    return p;
+  });
   if (job.finite)
     weighted_values(job, factor, fetch);
   else
@@ -325,5 +337,5 @@ void finish_attention(const finish_job& job) {
   }
 }
 
-constexpr attention_kernels attention = {unpack_rows, pack_keys,       pack_values,
-                                         attend,      merge_attention, finish_attention};
+constexpr attention_kernels attention = {sizeof(float), 2,      unpack_rows,     pack_keys,
+                                         pack_values,   attend, merge_attention, finish_attention};

@@ -22,7 +22,7 @@ template <dtype type>
 void unpack_rows(const unpack_rows_job& job) {
   with_type(job.type, [&](auto type) {
     for (int r = 0; r < job.count; ++r) {
-      float* to = job.unpacked + r * job.stride;
+      float* to = static_cast<float*>(job.unpacked) + r * job.stride;
       std::size_t i = 0;
       for (; i + vec::lanes <= job.stride; i += vec::lanes)
         vec::store(to + i, load_part<type()>(job.rows[r], i, job.size));
@@ -50,26 +50,32 @@ inline vec::f32 scales_of(const pack_tile_job& job, int first, std::size_t group
   return vec::load(scales);
 }
 
+// Of as many rows from `first` on as a vector has lanes, the bytes from `at` on: zero beyond `size` bytes and the rows.
+[[gnu::always_inline]] inline void load_bytes(const pack_tile_job& job, int first, std::size_t at, std::size_t size,
+                                              vec::f32 (&x)[vec::lanes]) {
+  const bool whole = first + vec::lanes <= job.count && at + sizeof x[0] <= size;
+  for (int i = 0; i < vec::lanes; ++i) {
+    if (whole) {
+      __builtin_memcpy(x + i, static_cast<const char*>(job.rows[first + i]) + at, sizeof x[i]);
+    } else {
+      x[i] = vec::zero();
+      if (first + i < job.count && at < size)
+        __builtin_memcpy(x + i, static_cast<const char*>(job.rows[first + i]) + at,
+                         size - at < sizeof x[i] ? size - at : sizeof x[i]);
+    }
+  }
+}
+
 // Four codes are one element of the transposition.
 void pack_int8_keys(const pack_tile_job& job) {
   const std::size_t even = job.size + job.size % 2, groups = job.size / job.group;
   for (int first = 0; first < attention_tile; first += vec::lanes) {
-    float* to = job.packed + first / panel_columns * even * panel_columns + first % panel_columns;
+    float* to = static_cast<float*>(job.packed) + first / panel_columns * even * panel_columns + first % panel_columns;
     vec::f32 scale = scales_of(job, first, 0);
     std::size_t group = 1, group_end = job.group;
     for (std::size_t d = 0; d < even; d += 4 * vec::lanes) {
       vec::f32 x[vec::lanes];  // of key i the codes from d on, later of each key those from d + 4 i on
-      const bool whole = first + vec::lanes <= job.count && d + 4 * vec::lanes <= job.size;
-      for (int i = 0; i < vec::lanes; ++i) {
-        if (whole) {
-          __builtin_memcpy(x + i, static_cast<const char*>(job.rows[first + i]) + d, sizeof x[i]);
-        } else {
-          x[i] = vec::zero();
-          if (first + i < job.count)
-            __builtin_memcpy(x + i, static_cast<const char*>(job.rows[first + i]) + d,
-                             job.size - d < sizeof x[i] ? job.size - d : sizeof x[i]);
-        }
-      }
+      load_bytes(job, first, d, job.size, x);
       transpose(x);
       for (int i = 0; i < vec::lanes && d + 4 * i < even; ++i) {
         const std::size_t at = d + 4 * i;
@@ -94,7 +100,8 @@ void pack_keys(const pack_tile_job& job) {
   const std::size_t even = job.size + job.size % 2;
   with_type(job.type, [&](auto type) {
     for (int first = 0; first < attention_tile; first += vec::lanes) {
-      float* to = job.packed + first / panel_columns * even * panel_columns + first % panel_columns;
+      float* to =
+          static_cast<float*>(job.packed) + first / panel_columns * even * panel_columns + first % panel_columns;
       const bool all_keys = first + vec::lanes <= job.count;
       for (std::size_t d = 0; d < even; d += vec::lanes) {
         vec::f32 x[vec::lanes];
@@ -119,7 +126,7 @@ bool pack_int8_values(const pack_tile_job& job) {
   const std::size_t panel = static_cast<std::size_t>(attention_tile) * panel_columns;
   bool finite = true;
   for (int j = 0; j < attention_tile; ++j) {
-    float* to = job.packed + j * panel_columns;
+    float* to = static_cast<float*>(job.packed) + j * panel_columns;
     const float* scales = j < job.count ? static_cast<const float*>(job.scales[j]) : nullptr;
     vec::f32 scale = vec::zero();
     for (std::size_t c = 0, group_end = 0; c < job.size; c += panel_columns, to += panel)
@@ -144,7 +151,7 @@ bool pack_values(const pack_tile_job& job) {
   KT_UNROLLED (v, column_vectors) sums[v] = vec::zero();
   with_type(job.type, [&](auto type) {
     for (int j = 0; j < attention_tile; ++j) {
-      float* to = job.packed + j * panel_columns;
+      float* to = static_cast<float*>(job.packed) + j * panel_columns;
       for (std::size_t c = 0; c < job.size; c += panel_columns, to += panel)
         KT_UNROLLED (v, column_vectors) {
           const std::size_t at = c + v * vec::lanes;

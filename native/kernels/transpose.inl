@@ -20,6 +20,10 @@ class shuffles {
   static constexpr index alternate(int odd) {
     return indices([odd](int i) { return (i / 4 * 2 + odd) * 4 % vec::lanes + i % 4 + i / half * vec::lanes; });
   }
+  // Of the first, lanes that are `distance` apart, a power of two, change places.
+  static constexpr index exchange(int distance) {
+    return indices([distance](int i) { return i ^ distance; });
+  }
 
  private:
   static constexpr int half = vec::lanes > 1 ? vec::lanes / 2 : 1;

@@ -140,6 +140,7 @@ constexpr kernel_table tile_table() {
   t.elementwise = elementwise;
   t.softmax = softmax;
   t.attention = attention;
+  t.attention_bf16 = attention_bf16;
   t.rows_in_bf16 = true;
   t.tiles = true;
   t.read_bytes = read_bytes;

@@ -147,7 +147,7 @@ class tile_rows {
     v.positions(place, bytes_, b, p, count, rows_);
     if (group_) v.positions(scales.place, sizeof(float), b, p, count, scales_);
   }
-  pack_tile_job pack(int count, dtype type, std::size_t size, float* packed) const {
+  pack_tile_job pack(int count, dtype type, std::size_t size, void* packed) const {
     return {rows_, count, type, size, packed, group_ ? scales_ : nullptr, group_};
   }
   fetch_rows fetch(int next, std::size_t size) const { return {rows_ + attention_tile, next, size * bytes_}; }
@@ -165,17 +165,18 @@ class tile_rows {
 class block_worker {
  public:
   block_worker(const attention_view& view, const attention_kernels& kernels, buffer& memory, std::size_t rows)
-      : v_(view), k_(kernels), key_size_(padded(view.a.key_size, 2)) {
-    const std::size_t keys = attention_tile * key_size_, values = attention_tile * v_.width;
+      : v_(view), k_(kernels), key_size_(padded(view.a.key_size, kernels.key_unit)) {
+    const std::size_t keys = attention_tile * key_size_ * k_.bytes, values = attention_tile * v_.width * k_.bytes;
     const state_size size{rows, v_.width};
-    const std::size_t scores = rows * attention_tile, queries = rows * key_size_;
-    memory.reserve((keys + values + scores + queries + 2 * size.floats()) * sizeof(float));
-    keys_ = memory.as<float>();
+    const std::size_t scores = rows * attention_tile * sizeof(float), state = size.floats() * sizeof(float);
+    const std::size_t queries = padded(rows * key_size_ * k_.bytes, sizeof(float));
+    memory.reserve(keys + values + scores + queries + 2 * state);
+    keys_ = memory.as<char>();
     values_ = keys_ + keys;
-    scores_ = values_ + values;
-    queries_ = scores_ + scores;
-    split_ = size.at(queries_ + queries);
-    whole_ = size.at(queries_ + queries + size.floats());
+    scores_ = reinterpret_cast<float*>(values_ + values);
+    queries_ = values_ + values + scores;
+    split_ = size.at(reinterpret_cast<float*>(queries_ + queries));
+    whole_ = size.at(reinterpret_cast<float*>(queries_ + queries + state));
   }
 
   const attention_state& split_state() const { return split_; }
@@ -216,14 +217,21 @@ class block_worker {
     const tile_rows values(v_, a.value, a.value_scales, b, p, next ? attention_tile + next : count);
     std::int32_t begin[attention_rows], end[attention_rows];
     bool masked = a.mask_kind != mask_type::none && a.mask_kind != mask_type::boolean;
+    std::int64_t query = b.first / v_.group, next_query = (query + 1) * v_.group - b.first;  // from this row on
+    std::int32_t begin_seen = 0, end_seen = 0;
     for (int r = 0; r < b.rows(); ++r) {
-      const std::int64_t query = (b.first + r) / v_.group;
-      begin[r] = inside(v_.begin(b.sequence, query) - p);
-      end[r] = inside(v_.end(b.sequence, query) - p);
+      const bool another = r == next_query;
+      if (another) ++query, next_query += v_.group;
+      if (another || r == 0) {
+        begin_seen = inside(v_.begin(b.sequence, query) - p);
+        end_seen = inside(v_.end(b.sequence, query) - p);
+      }
+      begin[r] = begin_seen;
+      end[r] = end_seen;
       if (a.mask_kind == mask_type::none) continue;
       masks[r] = v_.mask(b, b.first + r, p);
       if (a.mask_kind == mask_type::boolean) {
-        const bool same = r > 0 && query == (b.first + r - 1) / v_.group && masks[r] == masks[r - 1];
+        const bool same = r > 0 && !another && masks[r] == masks[r - 1];
         if (same)
           begin[r] = begin[r - 1], end[r] = end[r - 1];
         else
@@ -239,7 +247,7 @@ class block_worker {
     const bool finite = k_.pack_values(values.pack(count, a.kv_type, a.value_size, values_));
     const attention_state rows = {state.max + first, state.sums + first * attention_sums,
                                   state.out + first * state.width, state.width};
-    k_.attend({queries_ + first * key_size_,
+    k_.attend({queries_ + first * key_size_ * k_.bytes,
                key_size_,
                last - first,
                keys_,
@@ -265,7 +273,8 @@ class block_worker {
   const attention_view& v_;
   const attention_kernels& k_;
   const std::size_t key_size_;
-  float *keys_, *values_, *scores_, *queries_;
+  char *keys_, *values_, *queries_;
+  float* scores_;
   attention_state split_, whole_;
 };
 
@@ -350,11 +359,14 @@ void context::attention(const kernel_table& kernels, const attention_arguments& 
     rows = std::max<std::int64_t>(rows, b.rows());
     splits = std::max(splits, b.last_split() - b.first_split());
   }
+  const bool bf16 = arguments.type == dtype::bf16 && arguments.kv_type == dtype::bf16 && !arguments.key_scales.group &&
+                    !arguments.value_scales.group;
+  const attention_kernels& k = bf16 && kernels.attention_bf16.attend ? kernels.attention_bf16 : kernels.attention;
   const std::int64_t threads = pool_.size(), count = static_cast<std::int64_t>(blocks.size());
   if (count >= 4 * threads || splits <= 1 || threads == 1) {
-    run_blocks(view, kernels.attention, blocks, rows, pool_, *scratch_);
+    run_blocks(view, k, blocks, rows, pool_, *scratch_);
   } else {
-    run_splits(view, kernels.attention, blocks, rows, splits, pool_, *scratch_);
+    run_splits(view, k, blocks, rows, splits, pool_, *scratch_);
   }
 }
 

@@ -28,6 +28,9 @@ namespace {
 
 using kt::dtype;
 
+// Whether p is rounded to bf16 and both products are summed on tiles (kt/attention.h).
+bool on_tiles(const kt::isa& isa, dtype type) { return type == dtype::bf16 && isa.kernels->attention_bf16.attend; }
+
 struct attention_case {
   int sequences = 2, heads = 4, kv_heads = 2;
   std::int64_t queries = 5, positions = 70;
@@ -114,6 +117,20 @@ class attention_call {
     return out;
   }
 
+  // Each query by a call of its own.
+  elements run_one_by_one(int n, const kt::isa& isa) {
+    elements out = empty();
+    for (std::int64_t q = 0; q < c.queries; ++q) {
+      kt::attention_arguments a = arguments(out);
+      a.query.data = query.bytes.data() + q * (c.key_size + gap) * size_of(c.type);
+      a.out = out.bytes.data() + q * (c.value_size + gap) * size_of(c.type);
+      a.queries = 1;
+      a.first = c.positions - c.queries + q;
+      threads(n).attention(*isa.kernels, a);
+    }
+    return out;
+  }
+
   // Positions in blocks of `size`, the last block first, NaN where there is no position.
   elements run_in_blocks(int n, const kt::isa& isa, std::int64_t size) {
     const std::int64_t width = (c.positions + size - 1) / size, blocks = c.sequences * width;
@@ -149,22 +166,40 @@ class attention_call {
     return out;
   }
 
-  double expected(int s, int h, std::int64_t q, std::size_t column) const {
+  // Of each column the result, and the mean distance of what is summed up from it.
+  struct expected {
+    double value, spread;
+  };
+
+  std::vector<expected> row(int s, int h, std::int64_t q) const {
     const int kv = h / (c.heads / c.kv_heads);
     const std::int64_t place = c.positions - c.queries + q, end = c.causal ? place + 1 : c.positions;
-    double total = 0, sum = 0;
-    const auto add = [&](double score, double x) { total += std::exp(score), sum += std::exp(score) * x; };
-    for (std::int64_t p = c.window ? std::max<std::int64_t>(0, end - c.window) : 0; p < end; ++p) {
+    const std::int64_t begin = c.window ? std::max<std::int64_t>(0, end - c.window) : 0;
+    double total = c.sinks ? std::exp(static_cast<double>(sinks[h])) : 0;
+    const double sink = total;
+    std::vector<double> weights;
+    for (std::int64_t p = begin; p < end; ++p) {
       double score = 0;
       for (std::size_t i = 0; i < c.key_size; ++i)
         score += query.get(((s * c.heads + h) * c.queries + q) * (c.key_size + gap) + i) *
                  key.get(((s * c.kv_heads + kv) * c.positions + p) * (c.key_size + gap) + i);
       score *= 0.3f;
       if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
-      add(score, value.get(((s * c.kv_heads + kv) * c.positions + p) * (c.value_size + gap) + column));
+      weights.push_back(std::exp(score));
+      total += weights.back();
     }
-    if (c.sinks) add(sinks[h], 0);
-    return sum / total;
+    std::vector<expected> all(c.value_size);
+    for (std::size_t column = 0; column < c.value_size; ++column) {
+      const auto at = [&](std::int64_t p) {
+        return value.get(((s * c.kv_heads + kv) * c.positions + p) * (c.value_size + gap) + column);
+      };
+      double sum = 0;
+      for (std::int64_t p = begin; p < end; ++p) sum += weights[p - begin] / total * at(p);
+      double spread = sink / total * std::fabs(sum);
+      for (std::int64_t p = begin; p < end; ++p) spread += weights[p - begin] / total * std::fabs(at(p) - sum);
+      all[column] = {sum, spread};
+    }
+    return all;
   }
 };
 
@@ -197,17 +232,21 @@ struct stored_rows {
   }
 };
 
-void compare(const attention_call& call, const elements& got, const std::string& label) {
+// Weights p (1 + d) instead of p, |d| <= u, move sum p x / sum p by (sum p d (x - result)) / (sum p (1 + d)): by
+// u / (1 - u) of the mean distance at most.
+void compare(const attention_call& call, const elements& got, bool rounded_weights, const std::string& label) {
   const attention_case& c = call.c;
+  const double u = rounded_weights ? floats::unit(dtype::bf16) : 0;
   double worst = 0;
   bool gaps_kept = true;
   std::size_t i = 0;
   for (int s = 0; s < c.sequences; ++s)
     for (int h = 0; h < c.heads; ++h)
       for (std::int64_t q = 0; q < c.queries; ++q) {
-        for (std::size_t column = 0; column < c.value_size; ++column, ++i) {
-          const double wanted = call.expected(s, h, q, column);
-          const double error = std::fabs(got.get(i) - wanted) - std::fabs(wanted) * floats::unit(c.type);
+        for (const attention_call::expected& wanted : call.row(s, h, q)) {
+          const double moved = u / (1 - u) * wanted.spread;
+          const double rounding = (std::fabs(wanted.value) + moved) * floats::unit(c.type);
+          const double error = std::fabs(got.get(i++) - wanted.value) - moved - rounding;
           worst = error <= worst ? worst : error;  // NaN stays
         }
         for (std::size_t k = 0; k < gap; ++k, ++i) gaps_kept &= std::isnan(got.get(i));
@@ -231,6 +270,20 @@ std::vector<attention_case> attention_cases() {
     c.causal = false, c.positions = 129, c.heads = 1;
     cases.push_back(c);
   }
+  // Tiles: whole ones and parts of them, of rows, dimensions, positions and columns.
+  attention_case c;
+  c.type = dtype::bf16, c.sequences = 1, c.heads = c.kv_heads = 1;
+  struct sizes {
+    std::int64_t queries, positions;
+    std::size_t key, value;
+  };
+  for (const sizes& z : {sizes{257, 257, 33, 17}, {64, 320, 128, 64}, {1, 65, 192, 128}, {17, 96, 576, 512}}) {
+    c.queries = z.queries, c.positions = z.positions, c.key_size = z.key, c.value_size = z.value;
+    cases.push_back(c);
+    c.heads = 3, c.window = 75;
+    if (!quick) cases.push_back(c);
+    c.heads = 1, c.window = 0;
+  }
   return cases;
 }
 
@@ -238,14 +291,137 @@ void test_attention() {
   unsigned n = 20'000;
   for (const attention_case& c : attention_cases()) {
     attention_call call(c, ++n);
-    const elements wanted = call.run(1, *isas.front());
-    compare(call, wanted, describe(c));
+    std::vector<elements> wanted[2];  // as all others have it, and as AMX
     for (const kt::isa* i : isas) {
       const std::string label = describe(c) + " [" + i->name + "]";
-      check(call.run(1, *i).bytes == wanted.bytes, label);
-      check(call.run(3, *i).bytes == wanted.bytes, label + " on 3 threads");
+      std::vector<elements>& first = wanted[on_tiles(*i, c.type)];
+      if (first.empty()) {
+        first.push_back(call.run(1, *i));
+        compare(call, first[0], on_tiles(*i, c.type), label);
+      }
+      const std::vector<char>& bytes = first[0].bytes;
+      check(call.run(1, *i).bytes == bytes, label);
+      check(call.run(3, *i).bytes == bytes, label + " on 3 threads");
       for (std::int64_t size : {16, 48})
-        check(call.run_in_blocks(2, *i, size).bytes == wanted.bytes, label + " in blocks of " + std::to_string(size));
+        check(call.run_in_blocks(2, *i, size).bytes == bytes, label + " in blocks of " + std::to_string(size));
+      if (c.causal) check(call.run_one_by_one(2, *i).bytes == bytes, label + " one by one");
+    }
+  }
+}
+
+// What values are weighted with and what the result is divided by are the same numbers. All weights but the first are
+// 0.5019, and 0.5 in bf16: to divide by the former would take four thousandths from the result.
+void test_attention_over_one_value() {
+  constexpr double value = 255.0 / 128, key[] = {-147.0 / 64, -0x1.a4p-11};
+  for (dtype type : dtypes) {
+    attention_case c;
+    c.type = type, c.positions = 150, c.key_size = c.value_size = 40, c.causal = false;
+    attention_call call(c, 35'000);
+    const auto set = [](elements& e, std::size_t size, auto at) {
+      for (std::size_t i = 0; i < e.size(); ++i)
+        if (i % (size + gap) < size) e.set(i, at(i / (size + gap), i % (size + gap)));
+    };
+    set(call.query, c.key_size, [](std::size_t, std::size_t i) { return 1.0 * (i < 2); });
+    set(call.key, c.key_size, [&](std::size_t row, std::size_t i) {
+      return i < 2 && row % static_cast<std::size_t>(c.positions) ? key[i] : 0.0;
+    });
+    set(call.value, c.value_size, [](std::size_t, std::size_t) { return value; });
+    for (const kt::isa* i : isas) {
+      const elements got = call.run(2, *i);
+      double worst = 0;
+      for (std::size_t k = 0; k < got.size(); ++k)
+        if (k % (c.value_size + gap) < c.value_size) worst = std::max(worst, std::fabs(got.get(k) - value));
+      check(worst <= (type == dtype::f32 ? 1e-6 : 0), describe(c) + " over one value [" + i->name + "]");
+    }
+  }
+}
+
+// The kernels themselves, as the results of a call are rounded: values of many sizes have the same sums by products of
+// all and position by position.
+void test_attention_one_by_one() {
+  constexpr int rows = 37, count = 61;
+  constexpr std::size_t key_size = 48, columns = 37, width = 64;
+  std::mt19937 random(37'000);
+  std::uniform_real_distribution<double> uniform(-1, 1);
+  std::uniform_int_distribution<int> exponent(-9, 9);
+  elements keys(dtype::bf16, count * key_size), values(dtype::bf16, count * columns),
+      queries(dtype::bf16, rows * key_size);
+  for (std::size_t i = 0; i < keys.size(); ++i) keys.set(i, uniform(random));
+  for (std::size_t i = 0; i < queries.size(); ++i) queries.set(i, uniform(random));
+  for (std::size_t i = 0; i < values.size(); ++i) values.set(i, std::ldexp(uniform(random), exponent(random)));
+  const auto addresses = [](const elements& e, int n) {
+    std::vector<const void*> all;
+    for (int i = 0; i < n; ++i) all.push_back(e.bytes.data() + e.bytes.size() / n * i);
+    return all;
+  };
+  std::vector<std::int32_t> begin(rows), end(rows);
+  const std::vector<const void*> masks(rows);
+  for (int r = 0; r < rows; ++r) begin[r] = r / 2, end[r] = std::min(count, 20 + 2 * r);
+  for (const kt::isa* i : isas)
+    for (const kt::attention_kernels* k : {&i->kernels->attention, &i->kernels->attention_bf16}) {
+      if (!k->attend) continue;
+      const kernel_mode mode;
+      const std::size_t size = (key_size + k->key_unit - 1) / k->key_unit * k->key_unit;
+      struct alignas(64) line {
+        char bytes[64];
+      };
+      const auto room = [](std::size_t bytes) { return std::vector<line>((bytes + 63) / 64); };
+      std::vector<line> packed_keys = room(64 * size * k->bytes), packed_values = room(64 * width * k->bytes);
+      std::vector<line> packed_queries = room(rows * size * k->bytes), scores = room(rows * 64 * sizeof(float));
+      k->unpack_rows({addresses(queries, rows).data(), rows, dtype::bf16, key_size, size, packed_queries.data()});
+      k->pack_keys({addresses(keys, count).data(), count, dtype::bf16, key_size, packed_keys.data(), nullptr, 0});
+      k->pack_values({addresses(values, count).data(), count, dtype::bf16, columns, packed_values.data(), nullptr, 0});
+      std::vector<float> out[2];
+      for (bool finite : {false, true}) {
+        std::vector<float> max(rows, 0.01f), sums(rows * kt::attention_sums, 1.0f);
+        out[finite].assign(rows * width, 0.3f);
+        k->attend({packed_queries.data(),
+                   size,
+                   rows,
+                   packed_keys.data(),
+                   packed_values.data(),
+                   columns,
+                   finite,
+                   begin.data(),
+                   end.data(),
+                   kt::mask_type::none,
+                   masks.data(),
+                   count,
+                   1.0f,
+                   0.0f,
+                   reinterpret_cast<float*>(scores.data()),
+                   {max.data(), sums.data(), out[finite].data(), width},
+                   {}});
+      }
+      bool same = true;
+      for (std::size_t at = 0; at < rows * width; ++at) same &= at % width >= columns || out[0][at] == out[1][at];
+      check(same, std::string("attention one by one [") + i->name + "]");
+    }
+}
+
+// A row gets the same bits whether it is multiplied on tiles, or position by position as where some value is not
+// finite.
+void test_attention_beside_infinity() {
+  for (dtype type : dtypes) {
+    attention_case c;
+    c.type = type, c.queries = c.positions = 150, c.key_size = 16, c.value_size = 37;
+    attention_call call(c, 36'000);
+    for (const kt::isa* i : isas) {
+      const elements before = call.run(2, *i);
+      attention_call with(call);
+      for (int row = 0; row < c.sequences * c.kv_heads; ++row)  // seen from query 100 on
+        with.value.set((row * c.positions + 100) * (c.value_size + gap) + 5, INFINITY);
+      const elements after = with.run(2, *i);
+      bool same = true, infinite = true;
+      for (std::size_t k = 0; k < after.size(); ++k) {
+        const std::size_t column = k % (c.value_size + gap), query = k / (c.value_size + gap) % c.queries;
+        if (column >= c.value_size) continue;
+        if (query >= 100 && column == 5)
+          infinite &= std::isinf(after.get(k));
+        else
+          same &= after.get(k) == before.get(k);
+      }
+      check(same && infinite, describe(c) + " beside infinity [" + i->name + "]");
     }
   }
 }
@@ -263,7 +439,7 @@ void test_attention_over_codes() {
     const stored_rows keys(call.key, z.key, z.key_group, ++n), values(call.value, z.value, z.value_group, ++n);
     const elements wanted = call.run(1, *isas.front());
     const std::string label = describe(c) + " over codes";
-    compare(call, wanted, label);
+    compare(call, wanted, false, label);
     const std::int32_t table[] = {0, 1};
     for (const kt::isa* i : isas)
       for (int count : {1, 3})
@@ -363,6 +539,9 @@ void test_transposition() {
 
 const std::vector<test> attention_tests = {
     {"attention", test_attention},
+    {"attention over one value", test_attention_over_one_value},
+    {"attention one by one", test_attention_one_by_one},
+    {"attention beside infinity", test_attention_beside_infinity},
     {"attention over codes", test_attention_over_codes},
     {"stored keys and values", test_store_kv},
     {"transposition", test_transposition},

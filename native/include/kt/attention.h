@@ -16,6 +16,11 @@
 // A tile or a split that a row does not see changes nothing in it, so it makes no difference which of them are run,
 // how many rows there are and which thread runs a split.
 //
+// On AMX, where queries, keys and values are all bf16, p is rounded to bf16 before it is used: what values are weighted
+// with and what the result is divided by are the same numbers. Both products are summed as the weights of bf16 are
+// (kernels/gemm_amx.inl): blocks of 32 dimensions or positions ascending, in a block the even and the odd products
+// apart, then c = c + (even + odd), where c begins at zero for scores and at out f, rounded, for values.
+//
 // Keys and values may be codes of int8 with scales in fp32, each of a group of a row's elements: a code times its
 // scale, rounded to fp32, is the element from then on.
 #pragma once
@@ -37,20 +42,22 @@ struct pack_tile_job {
   int count;
   dtype type;
   std::size_t size;
-  // Keys: [2][size, made even][32], zero beyond `size` and `count`. Values: [panels of 32 columns][64][32], likewise.
-  float* packed;
+  // fp32. Keys: [2][size, made even][32], zero beyond `size` and `count`. Values: [panels of 32 columns][64][32],
+  // likewise. bf16, pairs of dimensions or positions together: [2][size / 2, made a multiple of 16][32][2] and
+  // [panels of 32 columns][32][32][2].
+  void* packed;
   // Not null: a row is codes of int8, whatever `type` is, and element i of row j is code i times scales[j][i / group].
   const void* const* scales;
   std::size_t group;  // `size`, or a multiple of 16
 };
 
-// Rows of queries in fp32, zero beyond `size`.
+// Rows of queries in fp32 or bf16, zero beyond `size`.
 struct unpack_rows_job {
   const void* const* rows;
   int count;
   dtype type;
   std::size_t size, stride;
-  float* unpacked;  // row r at r * stride, stride >= size
+  void* unpacked;  // row r at r * stride, stride >= size
 };
 
 // What rows have summed up.
@@ -71,11 +78,11 @@ struct fetch_rows {
 };
 
 struct attend_job {
-  const float* queries;  // [rows][size]
-  std::size_t size;      // of keys, even
+  const void* queries;  // [rows][size]
+  std::size_t size;     // of keys, a multiple of `key_unit`
   int rows;
-  const float* keys;    // as packed
-  const float* values;  // as packed
+  const void* keys;     // as packed
+  const void* values;   // as packed
   std::size_t columns;  // of values
   bool finite;          // all values are; else positions of weight zero are left out one by one
   // Row r sees the positions [begin[r], end[r]) of the tile, which is none where begin >= end.
@@ -107,6 +114,7 @@ struct finish_job {
 };
 
 struct attention_kernels {
+  std::size_t bytes, key_unit;  // of an element of packed rows; what keys' size is made a multiple of
   void (*unpack_rows)(const unpack_rows_job&);
   void (*pack_keys)(const pack_tile_job&);
   bool (*pack_values)(const pack_tile_job&);  // returns whether all are finite

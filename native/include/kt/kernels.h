@@ -141,8 +141,9 @@ struct kernel_table {
   elementwise_kernel elementwise;
   softmax_kernel softmax;
   attention_kernels attention;
-  bool rows_in_bf16;  // `rows` are bf16
-  bool tiles;         // floats are summed in the order of AMX
+  attention_kernels attention_bf16;  // of queries, keys and values in bf16; without functions: as `attention` does
+  bool rows_in_bf16;                 // `rows` are bf16
+  bool tiles;                        // floats are summed in the order of AMX
   // Roofline probes: the exclusive-or of all bytes; `rounds` rounds of independent multiply-adds of the kind that
   // gemm uses for floats and for int8_dyn, returns the operations done.
   std::uint64_t (*read_bytes)(const void* begin, std::size_t bytes);
