@@ -15,7 +15,6 @@ inline tile_gemm as_it_lies(const gemm_job& job) {
           job.k_end,
           job.c,
           job.k_begin == 0,
-          false,
           static_cast<const char*>(job.next),
           part_bytes(job)};
 }
@@ -53,7 +52,7 @@ void gemm_tiles_grouped(const gemm_job& job) {
     const std::size_t k = walk.k(), end = walk.stop(job.k_end);
     read_chunk<bf16_pair, true>(reader, walk, end, bf16,
                                 [&](std::size_t at) { load_scales(job.layout->format.scale, reader.at(at), scales); });
-    tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, job.layout->k, k, end, sums, true, true});
+    tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, job.layout->k, k, end, sums, true});
     add_scaled(sums, scales, job.rows, k == 0, job.c);
   }
 }
@@ -78,7 +77,7 @@ void gemm_tiles_carried(const gemm_job& job) {
     for (std::size_t k = job.k_begin, end; k < job.k_end; k = end) {
       end = least(k + chunk_k<bf16_pair>, job.k_end);
       read_chunk<bf16_pair, true>(reader, walk, end, bf16, [](std::size_t) {});
-      tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, l.k, k, end, job.c, k == 0, true});
+      tile_gemm_bf16(session, {bf16, job.rows_packed, job.rows, l.k, k, end, job.c, k == 0});
     }
   }
   if (F == format::mxfp4 || job.k_end != l.k) return;
