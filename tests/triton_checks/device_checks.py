@@ -223,8 +223,15 @@ def test_spans_are_known_once_the_products_are_there() -> None:
     assert began < ended and before - 60 < ended <= time.perf_counter()
 
 
+def faulty_streams() -> tuple[Streams, FaultyStream]:
+    """Return streams whose copies of experts may fail, and the one that says when."""
+    through = streams()
+    through.copy_in = through.copy_out = faulty = FaultyStream(through.copy_in)
+    return through, faulty
+
+
 class FaultyStream:
-    """A stream of the CPU that cannot be used as often as `faults` says."""
+    """A stream that cannot be used as often as `faults` says."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream, self.faults = stream, 0
@@ -237,23 +244,15 @@ class FaultyStream:
         return self._stream.run()
 
 
-class FaultyStreams(CpuStreams):
-    """Streams whose copies of experts may fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.copy_in = self.copy_out = self.faulty = FaultyStream(self.compute)
-
-
 def test_experts_that_fail_to_arrive_are_the_cpus(caplog: pytest.LogCaptureFixture) -> None:
     layer = random_layer()
     experts = layer.pack()
-    faulty = FaultyStreams()
-    device = CudaDevice(2 * experts.native.expert_nbytes, faulty)
+    through, faulty = faulty_streams()
+    device = CudaDevice(2 * experts.native.expert_nbytes, through)
     experts.split = both = SplitExperts(experts, device, streaming=Streaming(from_tokens=1, experts=1))
-    faulty.faulty.faults = 2
+    faulty.faults = 2
     with caplog.at_level("WARNING", "ktcompile"):
-        got = moe(*random_inputs(7), experts)
+        got = run(experts, random_inputs(7))
     assert_close(got, layer, random_inputs(7))
     assert caplog.text.count("is computed by the CPU: fault") == 2 and device.used_bytes == 0
     assert both.activity.bytes_streamed == (EXPERTS - 2) * experts.native.expert_nbytes
@@ -277,8 +276,8 @@ class Moves(RuleBasedStateMachine):
             LAYERS[weight_format] = layer, layer.pack()
         self.source, plain = LAYERS[weight_format]
         self.bytes, self.experts = raw(plain), self.source.pack()
-        self.streams = FaultyStreams() if DEVICE.type == "cpu" else streams()
-        self.device = CudaDevice(room * self.experts.native.expert_nbytes, self.streams)
+        through, self.faulty = faulty_streams()
+        self.device = CudaDevice(room * self.experts.native.expert_nbytes, through)
         self.layer = SplitExperts(self.experts, self.device, keep_cpu_copy=keep, streaming=streaming)
         self.experts.split = self.layer
         self.under_way: list[tuple[SplitCall, tuple[torch.Tensor, ...]]] = []
@@ -299,11 +298,7 @@ class Moves(RuleBasedStateMachine):
     @rule(faults=st.integers(0, 2))
     def fail(self, faults: int) -> None:
         """Let some of the next copies fail."""
-        self._fail(faults)
-
-    def _fail(self, faults: int) -> None:
-        if isinstance(self.streams, FaultyStreams):
-            self.streams.faulty.faults = faults
+        self.faulty.faults = faults
 
     @rule()
     def poll(self) -> None:
@@ -332,7 +327,7 @@ class Moves(RuleBasedStateMachine):
             call.finish(torch.zeros(1, HIDDEN, device=DEVICE))
         if hasattr(self, "layer"):
             self.layer.settle()  # copies that were begun may still fail
-            self._fail(0)
+            self.faulty.faults = 0
             self.layer.dissolve()
             assert torch.equal(raw(self.experts), self.bytes)
 
