@@ -84,8 +84,9 @@ ATTENTION = {  # heads of queries and keys, sizes of keys and values
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str, target: str) -> None:
     heads, kv_heads, size, value_size = ATTENTION[name]
-    k = torch.zeros(2, 16, kv_heads, size, dtype=BF16)
-    v = k[..., :value_size] if name == "latent" else torch.zeros(2, 16, kv_heads, value_size, dtype=BF16)
+    block_size = 16 if name == "separate" else 64
+    k = torch.zeros(2, block_size, kv_heads, size, dtype=BF16)
+    v = k[..., :value_size] if name == "latent" else torch.zeros(2, block_size, kv_heads, value_size, dtype=BF16)
     lengths = torch.zeros(2, dtype=torch.int32)
     cache = BlockCache(k, v, torch.zeros(2, 32, dtype=torch.int32), lengths)
     q = torch.zeros(2, heads, size, dtype=BF16)

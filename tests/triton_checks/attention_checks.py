@@ -155,11 +155,13 @@ def test_nothing_to_do() -> None:
     assert_exact(padded[0], torch.zeros_like(padded[0]))
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_chunks_do_not_change_a_result(window: int | None) -> None:
-    cache, q = random_cache([130], 1), queries(130, 2, 20)
-    whole = prefill_attention(q, cache, starts_of([130]), 130, SCALE, window)
-    for begin, end in ((0, 1), (0, 77), (77, 130), (129, 130)):
+@pytest.mark.parametrize("window", [None, 40, 100])
+@pytest.mark.parametrize(("size", "block_size", "dtype"), [(20, 16, FP32), (64, 64, FP32), (64, 64, torch.bfloat16)])
+def test_chunks_do_not_change_a_result(window: int | None, size: int, block_size: int, dtype: torch.dtype) -> None:
+    cache = random_cache([330], 1, size, block_size=block_size, dtype=dtype)
+    q = queries(330, 2, size, dtype)
+    whole = prefill_attention(q, cache, starts_of([330]), 330, SCALE, window)
+    for begin, end in ((0, 1), (0, 77), (77, 330), (329, 330)):
         prefix = replace(cache, lengths=torch.full_like(cache.lengths, end))
         part = prefill_attention(q[begin:end], prefix, starts_of([end - begin]), end - begin, SCALE, window)
         assert_exact(part, whole[begin:end], f"[{begin}, {end})")
@@ -189,6 +191,8 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(query, held, SCALE, **options)
+    with pytest.raises(ValueError, match="scale is 0"):
+        decode_attention(q, cache, 0)
     with pytest.raises(ValueError, match="starts"):
         prefill_attention(q, cache, starts_of([2]), 2, SCALE)
     with pytest.raises(ValueError, match="max_queries is 3"):

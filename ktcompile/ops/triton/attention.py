@@ -47,12 +47,12 @@ def decode_attention(
 ) -> Tensor:
     """Return the attention of the last token of each request, [R, Q, V], in the dtype of q.
 
-    q: of the cache's dtype; Q is a multiple of J. window: tokens that a query sees, with itself; None is all. sinks:
-    [Q], logits that take weight and have no value. max_length: no request is longer; None is what the table holds. The
-    memory for splits and the launch grow with it. Requests of length 0 give zeros. What a request gets does not depend
-    on the others. ValueError: shapes, dtypes or devices do not fit.
+    q: of the cache's dtype; Q is a multiple of J. scale: of logits, above 0. window: tokens that a query sees, with
+    itself; None is all. sinks: [Q], logits that take weight and have no value. max_length: no request is longer; None
+    is what the table holds. The memory for splits and the launch grow with it. Requests of length 0 give zeros. What a
+    request gets does not depend on the others. ValueError: shapes, dtypes or devices do not fit.
     """
-    _check(q_RQD, cache, window, sinks)
+    _check(q_RQD, cache, scale, window, sinks)
     if q_RQD.shape[0] != cache.lengths.shape[0]:
         raise ValueError(f"q has {q_RQD.shape[0]} rows; it must have one for each of {cache.lengths.shape[0]} requests")
     out_RQV = q_RQD.new_empty(*q_RQD.shape[:2], cache.v.shape[3])
@@ -76,7 +76,7 @@ def prefill_attention(
     0 and the last T. max_queries: no request has more queries. Each sees itself and what is before it; what it gets
     does not depend on the size of the chunk. All else as for `decode_attention`.
     """
-    _check(q_TQD, cache, window, sinks)
+    _check(q_TQD, cache, scale, window, sinks)
     if starts.shape != (cache.lengths.shape[0] + 1,) or starts.dtype != torch.int32:
         wanted = f"[{cache.lengths.shape[0] + 1}] of int32"
         raise ValueError(f"starts is {list(starts.shape)} of {starts.dtype}; it must be {wanted}")
@@ -155,14 +155,15 @@ def prefill_launch(
             *(*cache.k.stride()[:3], *cache.v.stride()[:3]),
         ),
         tiles.constants | {"M": rows, "HAS_SINKS": sinks is not None},
-        num_warps=4 if tiles.head_size <= 64 else 8,
+        num_warps=4 if tiles.head_size <= 128 else 8,
         num_stages=2 if tiles.head_size <= 192 else 1,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Tiles:
-    """How a head is cut: head_size = first + second, and the keys of a tile."""
+    """How a head is cut: head_size = first + second, and the keys of a tile. one_block: a tile is in one block of the
+    cache. whole: nothing of `first`, `second` and `values` is past the ends of keys and values."""
 
     head_size: int
     first: int
@@ -170,6 +171,8 @@ class _Tiles:
     values: int
     shared: bool
     keys: int
+    one_block: bool
+    whole: bool
 
     @staticmethod
     def of(cache: BlockCache) -> _Tiles:
@@ -178,15 +181,35 @@ class _Tiles:
         second = max(16, power_of_2(head_size - first)) if head_size > first else 0
         shared = cache.v.data_ptr() == cache.k.data_ptr() and cache.v.stride() == cache.k.stride()
         keys = 64 if head_size <= 128 else 32 if head_size <= 256 else 16
-        return _Tiles(head_size, first, second, max(16, power_of_2(value_size)), shared and value_size == first, keys)
+        values = max(16, power_of_2(value_size))
+        return _Tiles(
+            head_size,
+            first,
+            second,
+            values,
+            shared=shared and value_size == first,
+            keys=keys,
+            one_block=cache.k.shape[1] % keys == 0,
+            whole=head_size == first + second and value_size == values,
+        )
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"N": self.keys, "D1": self.first, "D2": self.second, "V": self.values, "SHARED": self.shared}
+        return {
+            "N": self.keys,
+            "D1": self.first,
+            "D2": self.second,
+            "V": self.values,
+            "SHARED": self.shared,
+            "ONE_BLOCK": self.one_block,
+            "WHOLE": self.whole,
+        }
 
 
-def _check(q: Tensor, cache: BlockCache, window: int | None, sinks: Tensor | None) -> None:
+def _check(q: Tensor, cache: BlockCache, scale: float, window: int | None, sinks: Tensor | None) -> None:
     k, v = cache.k, cache.v
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}; it must be above 0")
     if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or k.stride(3) != 1 or v.stride(3) != 1:
         wanted = "[blocks, block_size, heads, size] of the same blocks and heads, and contiguous in size"
         raise ValueError(f"k and v of the cache are {list(k.shape)} and {list(v.shape)}; they must be {wanted}")
