@@ -22,7 +22,8 @@ void pack_bf16_keys(const pack_tile_job& job) {
     std::size_t pair = 0;
     for (; first + vec::lanes <= job.count && pair + vec::lanes <= job.size / 2; pair += vec::lanes) {
       vec::f32 x[vec::lanes];
-      KT_UNROLLED (i, vec::lanes) x[i] = vec::load(static_cast<const float*>(job.rows[first + i]) + pair);
+      KT_UNROLLED (i, vec::lanes)
+        __builtin_memcpy(x + i, static_cast<const char*>(job.rows[first + i]) + pair * 4, sizeof x[i]);
       transpose(x);
       KT_UNROLLED (i, vec::lanes) vec::store(to + (pair + i) * panel_columns, x[i]);
     }
