@@ -303,13 +303,12 @@ def test_taking_frees_memory_and_a_process_that_compiled_ends_cleanly() -> None:
 
 
 def test_packed_weights_go_with_the_model() -> None:
-    model = make_model()
+    gc.collect()  # what other tests packed
+    model = make_model(num_hidden_layers=2)
     logits(torch.compile(model, backend="kt", options=EAGER), ids(9))
     held = len(expert_store()._entries)
     torch._dynamo.reset()
     del model
-    import gc
-
     gc.collect()
     assert len(expert_store()._entries) <= held - 2
 
