@@ -18,6 +18,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import ktcompile
 from ktcompile.graph import report
+from ktcompile.models.hf_experts import configure
 from ktcompile.ops.store import expert_store
 from ktcompile.quant import FORMATS
 
@@ -170,9 +171,11 @@ def test_experts_implementation_trains_on_the_stock_experts() -> None:
     assert relative_error(got, wanted) < 1e-5
 
 
-def test_layers_that_share_a_graph_keep_their_own_experts() -> None:
+@pytest.mark.parametrize("implementation", ["grouped_mm", "kt"])
+def test_layers_that_share_a_graph_keep_their_own_experts(implementation: str) -> None:
     model = make_model(num_hidden_layers=4)
     wanted = logits(model, ids(9))
+    model.set_experts_implementation(implementation)
     for layer in model.model.layers:
         layer.compile(backend="kt", options=EAGER)
     assert relative_error(logits(model, ids(9)), wanted) < 1e-5
@@ -191,6 +194,22 @@ def test_models_that_share_a_graph_keep_their_own_experts() -> None:
         for n in (0, 1, 2, 0, 1):
             assert relative_error(run(models[n], ids(9)), wanted[n]) < 1e-5
     assert len(ktcompile.compile_reports()) < 3, "the models were expected to share a graph"
+
+
+def test_models_with_experts_in_other_formats_share_no_graph() -> None:
+    models = [make_model(seed) for seed in (0, 1)]
+    for model, weight_format in zip(models, ("bf16", "int4"), strict=True):
+        model.set_experts_implementation("kt")
+        assert len(configure(model, weight_format)) == 1
+    wanted = [logits(model, ids(9)) for model in models]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)  # "kt" has an option of its own
+    def run(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens, use_cache=False).logits
+
+    with torch.no_grad():
+        for n in (0, 1, 0):
+            assert relative_error(run(models[n], ids(9)), wanted[n]) < 1e-5
 
 
 def test_layers_that_share_their_experts() -> None:
@@ -303,13 +322,12 @@ def test_taking_frees_memory_and_a_process_that_compiled_ends_cleanly() -> None:
 
 
 def test_packed_weights_go_with_the_model() -> None:
-    model = make_model()
+    gc.collect()  # what other tests packed
+    model = make_model(num_hidden_layers=2)
     logits(torch.compile(model, backend="kt", options=EAGER), ids(9))
     held = len(expert_store()._entries)
     torch._dynamo.reset()
     del model
-    import gc
-
     gc.collect()
     assert len(expert_store()._entries) <= held - 2
 

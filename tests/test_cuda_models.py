@@ -20,10 +20,6 @@ from ktcompile.runtime.split import SplitExperts
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
-    pytest.mark.skipif(
-        torch.__version__ < (2, 13),
-        reason='Dynamo before that of torch 2.13 cannot trace the experts implementation "kt"',
-    ),
 ]
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 
 from ktcompile.ops.spec import ExpertsSpec, LinearSpec
 
@@ -33,11 +32,11 @@ class GivenInput:
 
 def add_packed_input(gm: fx.GraphModule, name: str, packed: PackedInput) -> fx.Node:
     """Return a new placeholder, behind all others, which the executable fills with the handle of a packed layer."""
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-    with gm.graph.inserting_after(last):
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    with gm.graph.inserting_after(placeholders[-1]):
         node = gm.graph.placeholder(name)
-    mode = detect_fake_mode([n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"])
-    handle = torch.zeros(1, dtype=torch.int64)
-    node.meta["example_value"] = mode.from_tensor(handle) if mode else handle
+    values = (n.meta.get("example_value") for n in placeholders)
+    like = next(v for v in values if isinstance(v, torch.Tensor))  # fake where theirs are
+    node.meta["example_value"] = like.new_zeros(1, dtype=torch.int64, device="cpu")
     node.meta[PACKED] = packed
     return node

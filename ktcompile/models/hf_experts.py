@@ -15,6 +15,7 @@ from ktcompile.graph.experts import describe
 from ktcompile.models.fp8_experts import Fp8Weights, fp8_experts
 from ktcompile.models.traced import note, run_as_traced
 from ktcompile.ops.experts import PackedExperts, from_handle
+from ktcompile.ops.modules import alive_modules
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.ops.store import expert_store
 from ktcompile.quant import check_format
@@ -22,6 +23,7 @@ from ktcompile.runtime.take import take_weights
 
 NAME = "kt"
 _HANDLE = "packed_experts"  # the buffer that `adopt` adds
+_FACTS = "_kt_facts"  # the attribute that `_facts` reads
 
 
 def register() -> None:
@@ -55,7 +57,7 @@ def configure(model: nn.Module, weight_format: str) -> list[nn.Module]:
         spec, names, reason = _facts(module)
         if not reason:
             spec = replace(ExpertsSpec.decode(spec), weight_format=weight_format).encode()
-            _known[module] = spec, names, reason
+            _put_facts(module, spec, names)
             configured.append(module)
     return configured
 
@@ -253,16 +255,49 @@ def _refuse_copies(module: nn.Module, state: dict[str, Any], prefix: str, metada
 
 
 _adopted: weakref.WeakKeyDictionary[nn.Module, PackedExperts] = weakref.WeakKeyDictionary()
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[str, tuple[str | None, ...], str]] = weakref.WeakKeyDictionary()
+
+
+def _facts(module: nn.Module) -> tuple[str, list[str | None], str]:
+    """Return (encoded spec, names of parameters, "") or ("", [], reason).
+
+    The module has them as one string, which is what Dynamo guards: layers alike share a graph.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        _describe_all()
+    elif _FACTS not in vars(module):
+        _describe(module)
+    spec, reason, *names = getattr(module, _FACTS).split("\n")
+    return spec, [name or None for name in names], reason
 
 
 @run_as_traced
-def _facts(module: nn.Module) -> tuple[str, tuple[str | None, ...], str]:
-    """Return (encoded spec, names of parameters, "") or ("", (), reason)."""
-    if module not in _known:
-        facts = describe(module)
-        if isinstance(facts, str):
-            _known[module] = "", (), facts
-        else:
-            _known[module] = facts.spec.encode(), facts.parameters, ""
-    return _known[module]
+def _describe_all() -> None:
+    """Describe every module that runs the implementation "kt", once for each graph.
+
+    Before torch 2.13 Dynamo cannot give what it runs as it traces a module. It looks at the facts only after this, so
+    that it does not guard against their absence.
+    """
+    graph = torch._guards.TracingContext.get()
+    if graph in _described:
+        return
+    _described.add(graph)
+    for module in alive_modules():
+        implementation = getattr(vars(module).get("config"), "_experts_implementation", None)
+        # The flag is set by transformers' decorator of experts classes.
+        if implementation == NAME and "is_transposed" in vars(module) and _FACTS not in vars(module):
+            _describe(module)
+
+
+def _describe(module: nn.Module) -> None:
+    facts = describe(module)
+    if isinstance(facts, str):
+        _put_facts(module, "", (), facts)
+    else:
+        _put_facts(module, facts.spec.encode(), facts.parameters)
+
+
+def _put_facts(module: nn.Module, spec: str, names: Sequence[str | None], reason: str = "") -> None:
+    setattr(module, _FACTS, "\n".join([spec, reason, *(name or "" for name in names)]))
+
+
+_described: weakref.WeakSet[torch._guards.TracingContext] = weakref.WeakSet()
