@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -94,7 +96,10 @@ def test_attention(name: str, target: str) -> None:
     decode, combine = decode_launches(q, cache, out, 1.0, 128, sinks, None)
     check(decode, target)
     check(combine, target, has_dot=False)
-    check(prefill_launch(q, cache, lengths, 2, out, 1.0, 128, sinks), target)
+    prefill = prefill_launch(q, cache, lengths, 2, out, 1.0, 128, sinks)
+    if size == 128 and target != "sm_80":
+        prefill = replace(prefill, num_warps=4)
+    check(prefill, target)
 
 
 @pytest.mark.slow

@@ -155,9 +155,15 @@ def prefill_launch(
             *(*cache.k.stride()[:3], *cache.v.stride()[:3]),
         ),
         tiles.constants | {"M": rows, "HAS_SINKS": sinks is not None},
-        num_warps=4 if tiles.head_size <= 128 else 8,
+        num_warps=4 if tiles.head_size <= (128 if _has_large_products(q_TQD.device) else 64) else 8,
         num_stages=2 if tiles.head_size <= 192 else 1,
     )
+
+
+def _has_large_products(device: torch.device) -> bool:
+    """Return whether four warps multiply 64 rows by one instruction: Hopper's, and those of what came after it. Others
+    would keep part of a tile's sums in memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @dataclass(frozen=True, slots=True)
