@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from ktcompile.config import CompileOptions
-from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.packed import PackedInput, add_packed_input
 from ktcompile.graph.report import CompileReport
 from ktcompile.ops.spec import LatentsSpec
@@ -30,14 +29,12 @@ def pack_latents(
     """Return the pass for `options`, whose ISA and format of dense layers hold for every weight."""
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
-        if needs_gradients(example_inputs):
-            return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        nodes = [n for n in gm.graph.nodes if n.target in _PARTS and n.args[1] in placeholders]
+        nodes = [n for n in gm.graph.nodes if n.target in _PARTS and n.args[1] in placeholders and _is_known(n)]
         for number, node in enumerate(nodes):
             x, weight, *_ = node.args
-            heads, size = x.meta["example_value"].shape[-2:]
-            rows, latent_size = weight.meta["example_value"].shape
+            heads, size = _sizes(x)
+            rows, latent_size = _sizes(weight)
             part = _PARTS[node.target]
             key_size, features = (size, latent_size) if part == "keys" else (rows // heads - node.args[2], node.args[2])
             spec = LatentsSpec(heads, key_size, options.dense_format, options.isa)
@@ -51,3 +48,13 @@ def pack_latents(
         return len(nodes)
 
     return run
+
+
+def _sizes(node: fx.Node) -> tuple[int, int]:
+    rows, columns = node.meta["example_value"].shape[-2:]
+    return rows, columns
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Return whether heads and sizes are numbers."""
+    return all(isinstance(n, int) for n in (*_sizes(node.args[0]), *node.args[2:]))
