@@ -49,7 +49,7 @@ def attention_calls(model: PreTrainedModel, latents: Mapping[Any, LatentSizes] |
         except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             raise UnsupportedModelError(f'{name} cannot run attention "{hf_paged.NAME}": {error}') from error
     calls = sorted(probe.calls, key=lambda call: call.layer)
-    layers = list(range(fields["num_hidden_layers"]))
+    layers = list(range(config.num_hidden_layers))
     if [call.layer for call in calls] != layers:
         found = f"layers {[call.layer for call in calls]} of {len(layers)} call attention once"
         raise UnsupportedModelError(f"{name} keeps more than keys and values of its attention: {found}")

@@ -21,7 +21,7 @@ from ktcompile.kv.storage import allocate, default_budget, latent_kv, layer_kv
 from ktcompile.log import warn_once
 from ktcompile.models import hf_paged
 from ktcompile.models.hf_paged import AttentionCall, LayerBlocks, PagedStep
-from ktcompile.models.latents import Found, find, keep_latents
+from ktcompile.models.latents import Found, expand_again, find, keep_latents
 from ktcompile.ops.kv import KV_FORMATS, KVFormat
 from ktcompile.scheduler.batch import Chunk, Step
 
@@ -190,7 +190,8 @@ def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _latents(model: PreTrainedModel, options: EngineOptions) -> Found:
-    """Return the layers that keep latents."""
+    """Return the layers that keep latents, whatever an engine before had them do."""
+    expand_again(model.modules())
     if options.mla_storage == "expanded":
         return Found({})
     found = find(model)

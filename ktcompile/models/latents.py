@@ -10,7 +10,7 @@ part, V size of a value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -62,14 +62,20 @@ def keeping_latents(layers: Mapping[Any, LatentSizes]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in layers:
-            delattr(module, _EXPAND)
+        expand_again(layers)
 
 
 def keep_latents(layers: Mapping[Any, LatentSizes]) -> None:
     """Have layers give attention latents with their rotated parts [1, 1, T, L + R] as keys, and latents as values."""
     for module in layers:
         setattr(module, _EXPAND, _unexpanded)
+
+
+def expand_again(modules: Iterable[Any]) -> None:
+    """Have those of some modules that keep latents expand them."""
+    for module in modules:
+        if vars(module).get(_EXPAND) is _unexpanded:
+            delattr(module, _EXPAND)
 
 
 def into_latents(module: Any, query_1HTD: Tensor) -> Tensor:
