@@ -7,7 +7,7 @@ the graph as weights of linear layers do. Changes numbers: products are summed i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -50,7 +50,7 @@ def pack_latents(
     return run
 
 
-def _sizes(node: fx.Node) -> tuple[int, int]:
+def _sizes(node: Any) -> tuple[int, int]:
     rows, columns = node.meta["example_value"].shape[-2:]
     return rows, columns
 
