@@ -181,15 +181,15 @@ class Experts:
     def nbytes(self) -> int: ...
 
 class Linear:
-    def __init__(self, format: Format, out_features: int, in_features: int) -> None: ...
+    def __init__(self, format: Format, out_features: int, in_features: int, heads: int = 1) -> None: ...
 
-    def pack(self, weight: int, strides: tuple[int, int], type: DType) -> None: ...
+    def pack(self, weight: int, strides: tuple[int, int], type: DType, head: int = 0) -> None: ...
 
-    def pack_quantized(self, weight: tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]]) -> None: ...
+    def pack_quantized(self, weight: tuple[int, tuple[int, int, int], int, int, tuple[int, int, int]], head: int = 0) -> None: ...
 
     def pack_bias(self, bias: int, stride: int, type: DType) -> None: ...
 
-    def unpack(self, weight: int, strides: tuple[int, int], type: DType) -> None: ...
+    def unpack(self, weight: int, strides: tuple[int, int], type: DType, head: int = 0) -> None: ...
 
     @property
     def nbytes(self) -> int: ...
@@ -206,7 +206,7 @@ class Context:
 
     def moe(self, arg0: Experts, arg1: str, arg2: int, arg3: int, arg4: int, arg5: DType, arg6: int, arg7: int, arg8: bool, arg9: int, arg10: DType, arg11: int, arg12: int, /) -> None: ...
 
-    def linear(self, arg0: Linear, arg1: str, arg2: int, arg3: int, arg4: DType, arg5: int, arg6: int, arg7: int, /) -> None: ...
+    def linear(self, arg0: Linear, arg1: str, arg2: int, arg3: DType, arg4: tuple[int, int, int], arg5: tuple[int, int, int], /) -> None: ...
 
     def norm(self, isa: str, shape: tuple[int, int, int], type: DType, rows: tuple[int, int, int], out: tuple[int, int, int], weight: tuple[int, DType, float, float, bool], addition: tuple[int, int]) -> None:
         """
@@ -291,31 +291,33 @@ class Opcode(enum.Enum):
 
     linear = 8
 
-    moe = 9
+    head_linear = 9
 
-    norm = 10
+    moe = 10
 
-    add_norm = 11
+    norm = 11
 
-    rotary = 12
+    add_norm = 12
 
-    attention = 13
+    rotary = 13
 
-    cached_attention = 14
+    attention = 14
 
-    elementwise = 15
+    cached_attention = 15
 
-    softmax = 16
+    elementwise = 16
 
-    top_k = 17
+    softmax = 17
 
-    row_sum = 18
+    top_k = 18
 
-    concat = 19
+    row_sum = 19
 
-    index_select = 20
+    concat = 20
 
-    index_copy = 21
+    index_select = 21
+
+    index_copy = 22
 
 class Program:
     """Operations that run without Python, native/include/kt/program.h."""

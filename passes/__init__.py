@@ -9,8 +9,9 @@
 6. pack_moe: each `kt::experts`, from pass 1 or from the experts implementation "kt", becomes a `kt::moe` on
    packed weights, which the executable supplies.
 7. pack_linear: linear layers on constant weights become `kt::linear`, on packed weights too.
-8. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
-9. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
+8. pack_latents: what attention over latents multiplies queries and results by becomes `kt::head_linear`, likewise.
+9. split_experts, where there is a device: each `kt::moe` becomes a part for the CPU and a part for the device.
+10. overlap: the CPU's part begins as early and is waited for as late as the graph allows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ktcompile.passes.fuse_moe import fuse_moe
 from ktcompile.passes.fuse_norm import fuse_norm
 from ktcompile.passes.fuse_rotary import fuse_rotary
 from ktcompile.passes.overlap import overlap
+from ktcompile.passes.pack_latents import pack_latents
 from ktcompile.passes.pack_linear import pack_linear
 from ktcompile.passes.pack_moe import pack_moe
 from ktcompile.passes.split_experts import split_experts
@@ -43,6 +45,7 @@ def passes_for(options: CompileOptions, owners: ParameterOwners) -> Sequence[Pas
         Pass("fuse_attention", fuse_attention(options), exact=False),
         Pass("pack_moe", pack_moe(options), exact=True),
         Pass("pack_linear", pack_linear(options), exact=False),
+        Pass("pack_latents", pack_latents(options), exact=False),
     ]
     if options.device != "none":
         every += [Pass("split_experts", split_experts, exact=False), Pass("overlap", overlap, exact=True)]

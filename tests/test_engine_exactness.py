@@ -20,7 +20,7 @@ from ktcompile.engine.sampling_params import SamplingParams
 pytestmark = pytest.mark.slow
 
 # GQA, no groups, windows and sinks, latents that transformers expands, norms of whole rows.
-FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "olmoe")
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "olmoe")
 LENGTH = 24
 GREEDY = SamplingParams(LENGTH, 0.0, ignore_eos=True)
 DRAWN = SamplingParams(LENGTH, 1.2, 0.9, seed=7, repetition_penalty=1.1, ignore_eos=True)

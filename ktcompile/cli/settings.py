@@ -52,6 +52,7 @@ _HELP = {
     "kv_disk_path": "folder for blocks, which the next start finds again",
     "kv_disk_size": "of that folder, as 50G (default: 16G)",
     "kv_format": "of keys and values: auto, or int8",
+    "mla_storage": "what latent attention keeps of a position: latent, or expanded keys and values",
     "enable_prefix_caching": "compute what requests begin with alike once",
     "weight_format": "of experts: auto (as in the model), or a name of `ktc generate --help`",
     "dense_format": "likewise of large linear layers",

@@ -10,6 +10,7 @@ from ktcompile.ops.kv import KV_FORMATS
 from ktcompile.quant import check_format
 from ktcompile.scheduler.policy import SchedulerOptions
 
+MLA_STORAGES = ("latent", "expanded")
 _AUTO = "auto"
 
 
@@ -20,6 +21,8 @@ class EngineOptions(DeviceOptions):
     max_model_len: positions of a sequence; None: as many as the model has, and fit into the memory for keys and values.
     kv_device_memory: that memory in bytes; None: a third of what is free, at most what max_num_seqs sequences of
     max_model_len need. kv_format: a name of `ktcompile.ops.KV_FORMATS`, as "int8"; "auto": the model's dtype.
+    mla_storage: what layers of latent attention keep of a position: "latent", where they can; "expanded", the keys and
+    values of all heads.
     enable_prefix_caching: what was computed of the beginning of a request is taken from blocks of others.
     kv_host_memory: bytes for blocks that the device has no room for; None: none, or with kv_disk_path a quarter of the
     device's. kv_disk_path: a folder for blocks, which outlive the engine; None: none. kv_disk_size: its bytes at most;
@@ -38,6 +41,7 @@ class EngineOptions(DeviceOptions):
     max_queue_seconds: float = 60.0
     kv_device_memory: int | None = None
     kv_format: str = _AUTO
+    mla_storage: str = "latent"
     kv_host_memory: int | None = None
     kv_disk_path: Path | None = None
     kv_disk_size: int | None = None
@@ -53,6 +57,8 @@ class EngineOptions(DeviceOptions):
         if self.kv_format != _AUTO and self.kv_format not in KV_FORMATS:
             known = ", ".join((_AUTO, *KV_FORMATS))
             raise ValueError(f"kv_format is {self.kv_format!r}; it must be one of {known}")
+        if self.mla_storage not in MLA_STORAGES:
+            raise ValueError(f"mla_storage is {self.mla_storage!r}; it must be one of {', '.join(MLA_STORAGES)}")
         if self.kv_device_memory is not None and self.kv_device_memory < 1:
             raise ValueError(f"kv_device_memory is {self.kv_device_memory}; it must be 1 byte or more")
         if self.kv_host_memory is not None and self.kv_host_memory < 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ktcompile.models import hf_paged
 from ktcompile.models.hf_paged import AttentionCall, Probe
+from ktcompile.models.latents import LatentSizes, keeping_latents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,8 +26,8 @@ class UnsupportedModelError(ValueError):
     """A model that the engine cannot run."""
 
 
-def attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
-    """Return what each layer of a model asks of attention, by the number of the layer.
+def attention_calls(model: PreTrainedModel, latents: Mapping[Any, LatentSizes] | None = None) -> list[AttentionCall]:
+    """Return what each layer of a model asks of attention, by the number of the layer. latents: modules that keep such.
 
     UnsupportedModelError: the model keeps something else of a sequence, or its attention is of another kind.
     """
@@ -40,15 +41,15 @@ def attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
     if model.device.type != "cpu":
         raise UnsupportedModelError(f"{name} is on {model.device}; keys and values in blocks are on the CPU alone")
     _check_rope(name, fields)
-    probe = Probe()
+    probe = Probe(latents)
     ids = torch.arange(1, 1 + _TOKENS)[None] % fields["vocab_size"]
-    with paged_implementation(model), torch.no_grad():
+    with paged_implementation(model, probe.latents), torch.no_grad():
         try:
             model(input_ids=ids, position_ids=torch.arange(_TOKENS)[None], use_cache=False, kv_step=probe)
         except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             raise UnsupportedModelError(f'{name} cannot run attention "{hf_paged.NAME}": {error}') from error
     calls = sorted(probe.calls, key=lambda call: call.layer)
-    layers = list(range(fields["num_hidden_layers"]))
+    layers = list(range(config.num_hidden_layers))
     if [call.layer for call in calls] != layers:
         found = f"layers {[call.layer for call in calls]} of {len(layers)} call attention once"
         raise UnsupportedModelError(f"{name} keeps more than keys and values of its attention: {found}")
@@ -60,12 +61,13 @@ def attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
 
 
 @contextmanager
-def paged_implementation(model: PreTrainedModel) -> Iterator[None]:
-    """Have a model run attention over blocks for a while."""
+def paged_implementation(model: PreTrainedModel, latents: Mapping[Any, LatentSizes]) -> Iterator[None]:
+    """Have a model run attention over blocks for a while. latents: modules that keep such."""
     before = model.config._attn_implementation
     model.set_attn_implementation(hf_paged.NAME)
     try:
-        yield
+        with keeping_latents(latents):
+            yield
     finally:
         model.set_attn_implementation(before)
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from ktcompile.engine.inputs import StepInputs
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.probe import UnsupportedModelError, attention_calls, paged_implementation
-from ktcompile.kv.layout import block_bytes, blocks_for, num_blocks
-from ktcompile.kv.storage import allocate, default_budget, layer_kv
+from ktcompile.kv.layout import LayerKV, block_bytes, blocks_for, num_blocks
+from ktcompile.kv.storage import allocate, default_budget, latent_kv, layer_kv
 from ktcompile.log import warn_once
 from ktcompile.models import hf_paged
-from ktcompile.models.hf_paged import LayerBlocks, PagedStep
+from ktcompile.models.hf_paged import AttentionCall, LayerBlocks, PagedStep
+from ktcompile.models.latents import Found, expand_again, find, keep_latents
 from ktcompile.ops.kv import KV_FORMATS, KVFormat
 from ktcompile.scheduler.batch import Chunk, Step
 
@@ -53,10 +54,13 @@ class ModelRunner:
     ) -> None:
         note("running the model on a few tokens, to learn what its layers keep")
         self.model = model
-        calls = attention_calls(model)
+        found = _latents(model, options)
+        if found.why_not:
+            warn_once(f"{type(model).__name__} keeps the keys and values of all heads: {found.why_not}")
+        calls = attention_calls(model, found.layers)
         longest = _longest(model, options)
         self.kv_format = _format(options, calls[0].dtype)
-        layers = [layer_kv(self.kv_format, call.kv_heads, call.key_size, call.value_size) for call in calls]
+        layers = [_kept(self.kv_format, call) for call in calls]
         sequences = max(3, options.max_num_seqs)  # three are run to check the model
         needed = sequences * blocks_for(longest, options.block_size)
         budget = default_budget() if options.kv_device_memory is None else options.kv_device_memory
@@ -64,13 +68,18 @@ class ModelRunner:
         self.max_model_len = min(longest, self.num_blocks * options.block_size)
         self.kv_bytes = self.num_blocks * block_bytes(layers, options.block_size)
         self.layers = tuple(layers)
+        note(f"making room for {self.num_blocks * options.block_size:,} positions of {self.kv_text}")
         storage = allocate(self.kv_format, layers, self.num_blocks, options.block_size)
-        self.storage = tuple(LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales) for kv in storage)
+        self.storage = tuple(
+            LayerBlocks(kv.key, kv.value, kv.key_scales, kv.value_scales, call.latents is not None)
+            for kv, call in zip(storage, calls, strict=True)
+        )
         self._inputs = StepInputs(sequences, blocks_for(self.max_model_len, options.block_size), options.block_size)
-        with paged_implementation(model), torch.no_grad():
+        with paged_implementation(model, found.layers), torch.no_grad():
             self._forward = forward = self._uncompiled()
             self._refuse_mixing(options.block_size)
         model.set_attn_implementation(hf_paged.NAME)
+        keep_latents(found.layers)
         model.requires_grad_(False)  # nothing for gradients is kept in a step, whoever runs it
         if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
             return
@@ -79,6 +88,14 @@ class ModelRunner:
         # What modules have as numbers is constant; else each call would be given it anew.
         with torch._dynamo.config.patch(specialize_float=True), torch.no_grad():
             self._check_compiled(options.block_size)
+
+    @property
+    def kv_text(self) -> str:
+        """What a position takes, and of what, for messages."""
+        size = block_bytes(self.layers, 1)
+        latent = sum(layer.latent_dim > 0 for layer in self.layers)
+        what = "keys and values" if not latent else "latents" if latent == len(self.layers) else "latents and keys"
+        return f"{what} in {self.kv_format.name}, {size:,} bytes each"
 
     def run(self, step: Step) -> StepLogits:
         """Compute a step: store the keys and values of its tokens, and return the logits that it asks for."""
@@ -104,7 +121,7 @@ class ModelRunner:
         """Return what `forward` does, compiled when it is first called; the model's weights are taken then."""
         inputs = self._inputs
         for tensor in (
-            *(t for layer in self.storage for t in layer),
+            *(t for layer in self.storage for t in layer[:4]),
             inputs.block_table,
             inputs.lengths,
             inputs.query_starts,
@@ -170,6 +187,28 @@ def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return types.FunctionType(
         code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
+
+
+def _latents(model: PreTrainedModel, options: EngineOptions) -> Found:
+    """Return the layers that keep latents, whatever an engine before had them do."""
+    expand_again(model.modules())
+    if options.mla_storage == "expanded":
+        return Found({})
+    found = find(model)
+    kv_format = _format(options, model.dtype)
+    for sizes in found.layers.values():
+        if not kv_format.holds_latents(sizes.latent + sizes.rotated, sizes.latent):
+            return Found(
+                {}, f"in {kv_format.name} latents of {sizes.latent} would share scales with what is beside them"
+            )
+    return found
+
+
+def _kept(kv_format: KVFormat, call: AttentionCall) -> LayerKV:
+    """Return what a layer keeps of a position."""
+    if call.latents is not None:
+        return latent_kv(kv_format, call.key_size, call.value_size)
+    return layer_kv(kv_format, call.kv_heads, call.key_size, call.value_size)
 
 
 def _longest(model: PreTrainedModel, options: EngineOptions) -> int:

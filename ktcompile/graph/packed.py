@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import fx
 
-from ktcompile.ops.spec import ExpertsSpec, LinearSpec
+from ktcompile.ops.spec import ExpertsSpec, LatentsSpec, LinearSpec
 
 PACKED = "kt_packed"  # key in a placeholder's meta
 
@@ -15,11 +16,13 @@ PACKED = "kt_packed"  # key in a placeholder's meta
 @dataclass(frozen=True, slots=True)
 class PackedInput:
     """positions: of a layer's weights, then its biases, among the graph's original inputs; None: it has no such bias.
-    top_k: experts of each token, of an MoE layer."""
+    top_k: experts of each token, of an MoE layer. part: which of its two uses, "keys" or "values", of a weight that
+    expands latents."""
 
     positions: tuple[int | None, ...]
-    spec: ExpertsSpec | LinearSpec
+    spec: ExpertsSpec | LinearSpec | LatentsSpec
     top_k: int | None = None
+    part: Literal["keys", "values"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ class LayerKV:
 
     num_heads: of keys. key_dim, value_dim: of a head; value_dim is 0 where values are a part of the keys, as the
     latents of MLA are (one head of 512 + 64). element_bytes: of an element. scale_bytes: of what goes with a head of
-    keys, or of values, at one position; 0 where elements are not quantised.
+    keys, or of values, at one position; 0 where elements are not quantised. latent_dim: how much of the keys is values
+    too, where value_dim is 0.
     """
 
     num_heads: int
@@ -20,10 +21,13 @@ class LayerKV:
     value_dim: int
     element_bytes: int
     scale_bytes: int = 0
+    latent_dim: int = 0
 
     def __post_init__(self) -> None:
         if min(self.num_heads, self.key_dim, self.element_bytes) < 1 or min(self.value_dim, self.scale_bytes) < 0:
             raise ValueError(f"{self} has sizes that cannot be; only value_dim and scale_bytes may be 0")
+        if not 0 <= self.latent_dim <= self.key_dim or (self.latent_dim and self.value_dim):
+            raise ValueError(f"{self} has values that are no part of its keys, or others beside these")
 
     @property
     def bytes_per_token(self) -> int:

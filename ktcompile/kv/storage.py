@@ -19,10 +19,20 @@ def layer_kv(kv_format: KVFormat, kv_heads: int, key_size: int, value_size: int)
     return LayerKV(kv_heads, key_size, value_size, kv_format.dtype.itemsize, 4 * groups)
 
 
+def latent_kv(kv_format: KVFormat, key_size: int, value_size: int) -> LayerKV:
+    """Return what a layer keeps of a position that keeps latents, of which `value_size` elements are the values."""
+    groups = kv_format.groups(key_size)
+    return LayerKV(1, key_size, 0, kv_format.dtype.itemsize, 4 * groups, value_size)
+
+
 def allocate(kv_format: KVFormat, layers: Sequence[LayerKV], num_blocks: int, block_size: int) -> tuple[PagedKV, ...]:
     """Return storage for each layer. The system gives it memory as blocks are written to for the first time."""
-    sizes = [(layer.num_heads, layer.key_dim, layer.value_dim) for layer in layers]
-    return tuple(PagedKV.empty(kv_format, num_blocks, block_size, *size) for size in sizes)
+    return tuple(
+        PagedKV.empty_latents(kv_format, num_blocks, block_size, layer.key_dim, layer.latent_dim)
+        if layer.latent_dim
+        else PagedKV.empty(kv_format, num_blocks, block_size, layer.num_heads, layer.key_dim, layer.value_dim)
+        for layer in layers
+    )
 
 
 def default_budget(free: int | None = None) -> int:

@@ -40,6 +40,11 @@ class KVFormat:
             return 0
         return size // self.group if self.group and size % self.group == 0 else 1
 
+    def holds_latents(self, key_size: int, value_size: int) -> bool:
+        """Return whether no scale is both for values, the first elements of a key, and for others, but for all."""
+        groups = self.groups(key_size)
+        return groups < 2 or value_size % (key_size // groups) == 0
+
     def row_bytes(self, size: int) -> int:
         """Return the bytes of a row of `size` elements with its scales."""
         return size * self.dtype.itemsize + self.groups(size) * torch.float32.itemsize
@@ -90,7 +95,7 @@ class PagedKV:
         if key_scales is None:
             return cls(key, value)
         groups = key_scales.shape[3]
-        if groups > 1 and value_size % (key_size // groups):
+        if not kv_format.holds_latents(key_size, value_size):
             each = key_size // groups
             raise ValueError(f"{kv_format.name} has a scale for each {each} elements of a key; values are {value_size}")
         return cls(key, value, key_scales, key_scales[..., : max(1, value_size * groups // key_size)])

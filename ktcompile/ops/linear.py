@@ -1,6 +1,6 @@
-"""Linear layers: packed weights and the operator `kt::linear`.
+"""Linear layers: packed weights and the operators `kt::linear` and `kt::head_linear`.
 
-Shape suffixes: R rows, N out_features, K in_features.
+Shape suffixes: R rows, H heads, N out_features, K in_features.
 """
 
 from __future__ import annotations
@@ -21,29 +21,39 @@ from ktcompile.quant import native_dtype
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
 
-LIBRARY.define("linear(Tensor x, Tensor weight, SymInt out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+for _name in ("linear", "head_linear"):
+    LIBRARY.define(
+        f"{_name}(Tensor x, Tensor weight, SymInt out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    )
 
 
 class PackedLinear:
-    """The weight of a linear layer in the kernels' layout.
+    """The weight of a linear layer in the kernels' layout, or those of one layer for each head.
 
-    out_features, in_features: of the layer. format: how weights are stored. isa: whose kernels run. nbytes: memory
-    that it holds. handle: int64 [1], what stands for it in graphs of `kt::linear`.
+    weight: [N, K], or of heads a tensor [H, N, K]. out_features, in_features: of the layer, or of a head. heads: 1
+    where there are none. format: how weights are stored. isa: whose kernels run. nbytes: memory that it holds. handle:
+    int64 [1], what stands for it in graphs of `kt::linear` or `kt::head_linear`.
     """
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None, weight_format: str, isa: str | None) -> None:
-        self.out_features, self.in_features = _check_weight(weight, bias)
+        self.heads, self.out_features, self.in_features = _check_weight(weight, bias)
         self.isa = check_isa(isa, machine().isas) if isa else machine().isa
         self.format = format_of(weight, weight_format, "the weight is")
-        if isinstance(weight, torch.Tensor) and self.format.codec is not None:
-            weight = self.format.quantize(weight, "weight")
-        if isinstance(weight, torch.Tensor):
-            self.native = _native.Linear(native_format(self.format), self.out_features, self.in_features)
-            strides = (weight.stride(0), weight.stride(1))
-            self.native.pack(weight.data_ptr(), strides, native_dtype(weight.dtype, "weight"))
-        else:
-            self.native = _native.Linear(native_format(self.format, weight), self.out_features, self.in_features)
-            self.native.pack_quantized(quantized_address(weight))
+        parts: list[Weight] = [weight]
+        if isinstance(weight, torch.Tensor) and weight.dim() == 3:
+            parts = list(weight)
+        if self.format.codec is not None:
+            parts = [self.format.quantize(p, "weight") if isinstance(p, torch.Tensor) else p for p in parts]
+        quantized = [p for p in parts if not isinstance(p, torch.Tensor)]
+        self.native = _native.Linear(
+            native_format(self.format, *quantized), self.out_features, self.in_features, self.heads
+        )
+        for head, part in enumerate(parts):
+            if isinstance(part, torch.Tensor):
+                strides = (part.stride(0), part.stride(1))
+                self.native.pack(part.data_ptr(), strides, native_dtype(part.dtype, "weight"), head)
+            else:
+                self.native.pack_quantized(quantized_address(part), head)
         if bias is not None:
             self.native.pack_bias(bias.data_ptr(), bias.stride(0), native_dtype(bias.dtype, "bias"))
         number = next(_numbers)
@@ -63,10 +73,11 @@ class PackedLinear:
             begin += len(part)
 
     def unpack(self) -> torch.Tensor:
-        """Return the weight, dequantised, [N, K] in fp32."""
-        weight_NK = torch.empty(self.out_features, self.in_features)
-        self.native.unpack(weight_NK.data_ptr(), weight_NK.stride(), _native.DType.f32)  # type: ignore[arg-type]
-        return weight_NK
+        """Return the weight, dequantised, [N, K] in fp32, those of heads one after the other."""
+        weight_HNK = torch.empty(self.heads, self.out_features, self.in_features)
+        for head, weight_NK in enumerate(weight_HNK):
+            self.native.unpack(weight_NK.data_ptr(), weight_NK.stride(), _native.DType.f32, head)
+        return weight_HNK.flatten(0, 1)
 
     def __repr__(self) -> str:
         return (
@@ -100,10 +111,12 @@ def linear(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
 
 @torch.library.impl(LIBRARY, "linear", "CPU")
 def _linear_cpu(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
-    packed = _alive.get(int(handle))
-    if packed is None:
-        raise ValueError(f"no packed linear layer has the handle {int(handle)}; was it freed?")
-    return run(x, packed)
+    return run(x, _of_handle(handle))
+
+
+@torch.library.impl(LIBRARY, "head_linear", "CPU")
+def _head_linear_cpu(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+    return run_heads(x, _of_handle(handle))
 
 
 def run(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
@@ -119,22 +132,52 @@ def run(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
             x = x.contiguous()
         stride = x.stride(0)
     out = torch.empty(*leading, packed.out_features, dtype=x.dtype)
-    places = (x.data_ptr(), dtype, stride, out.data_ptr(), packed.out_features)
-    native_threads().context().linear(packed.native, packed.isa, rows, *places)
+    places = (x.data_ptr(), stride, 0), (out.data_ptr(), packed.out_features, 0)
+    native_threads().context().linear(packed.native, packed.isa, rows, dtype, *places)
     return out
 
 
+def run_heads(x: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+    """Return the layers of heads, x[..., h, :] @ weight[h].T for each, [..., H, N] in the dtype of `x`.
+
+    x: [..., H, K], fp32, fp16 or bf16. As of `linear`, rows depend on themselves alone. ValueError: as there.
+    """
+    *leading, heads, in_features = x.shape if x.dim() > 1 else (0, 0)
+    if (heads, in_features) != (packed.heads, packed.in_features):
+        wanted = [packed.heads, packed.in_features]
+        raise ValueError(f"x is {list(x.shape)}; its last dimensions must be {wanted}")
+    dtype = native_dtype(x.dtype, "x")
+    rows = math.prod(leading)
+    x_RHK = x.reshape(rows, heads, in_features)
+    if x_RHK.stride(2) != 1:
+        x_RHK = x_RHK.contiguous()
+    out_RHN = torch.empty(rows, heads, packed.out_features, dtype=x.dtype)
+    places = ((y.data_ptr(), y.stride(0), y.stride(1)) for y in (x_RHK, out_RHN))
+    native_threads().context().linear(packed.native, packed.isa, rows, dtype, *places)
+    return out_RHN.view(*leading, heads, packed.out_features)
+
+
 @torch.library.register_fake("kt::linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _linear_fake(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
+@torch.library.register_fake("kt::head_linear", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _fake(x: torch.Tensor, handle: torch.Tensor, out_features: int) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-register_without_backward("linear")
+for _name in ("linear", "head_linear"):
+    register_without_backward(_name)
 
 
-def _check_weight(weight: Weight, bias: torch.Tensor | None) -> tuple[int, int]:
-    """Return (N, K). ValueError: the tensors cannot be packed."""
-    if len(weight.shape) != 2 or min(weight.shape) == 0:
+def _of_handle(handle: torch.Tensor) -> PackedLinear:
+    packed = _alive.get(int(handle))
+    if packed is None:
+        raise ValueError(f"no packed linear layer has the handle {int(handle)}; was it freed?")
+    return packed
+
+
+def _check_weight(weight: Weight, bias: torch.Tensor | None) -> tuple[int, int, int]:
+    """Return (H, N, K), H of a weight without heads being 1. ValueError: the tensors cannot be packed."""
+    of_heads = isinstance(weight, torch.Tensor) and len(weight.shape) == 3 and bias is None
+    if not (of_heads or len(weight.shape) == 2) or min(weight.shape) == 0:
         raise ValueError(f"weight is {list(weight.shape)}; it must be [out_features, in_features], neither 0")
     tensors = {"weight": weight, "bias": bias}
     for name, tensor in tensors.items():
@@ -144,4 +187,5 @@ def _check_weight(weight: Weight, bias: torch.Tensor | None) -> tuple[int, int]:
             native_dtype(tensor.dtype, name)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias is {list(bias.shape)}; it must be [{weight.shape[0]}]")
-    return weight.shape[0], weight.shape[1]
+    heads = weight.shape[0] if of_heads else 1
+    return heads, weight.shape[-2], weight.shape[-1]

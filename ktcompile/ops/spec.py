@@ -80,3 +80,19 @@ class LinearSpec:
     weights: int = 1
     weight_format: str = "auto"
     isa: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentsSpec:
+    """All about the weight that expands latents, but the weight. key_size: of what each of the heads makes keys of, the
+    rest being values. isa: as above."""
+
+    heads: int
+    key_size: int
+    weight_format: str = "auto"
+    isa: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many of the tensors are weights: all."""
+        return 1

@@ -15,8 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ktcompile import _native
 from ktcompile.ops.experts import PackedExperts
+from ktcompile.ops.latents import PackedLatents
 from ktcompile.ops.linear import PackedLinear
-from ktcompile.ops.spec import ExpertsSpec, LinearSpec
+from ktcompile.ops.spec import ExpertsSpec, LatentsSpec, LinearSpec
 from ktcompile.quant import native_dtype
 
 Key = tuple[object, ...]
@@ -190,6 +191,12 @@ def linear_store() -> WeightStore[LinearSpec, PackedLinear]:
     return WeightStore(_pack_linear)
 
 
+@functools.cache
+def latents_store() -> WeightStore[LatentsSpec, PackedLatents]:
+    """Return the store of this process, of the weights that expand latents."""
+    return WeightStore(_pack_latents)
+
+
 def _pack_experts(weights: Weights, spec: ExpertsSpec) -> PackedExperts:
     gate_up, down, gate_up_bias, down_bias = weights
     assert gate_up is not None and down is not None
@@ -204,3 +211,9 @@ def _pack_linear(weights: Weights, spec: LinearSpec) -> PackedLinear:
         bias = torch.cat([p.new_zeros(len(p)) if b is None else b for p, b in zip(parts, biases, strict=True)])
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     return PackedLinear(weight.detach(), bias, spec.weight_format, spec.isa)
+
+
+def _pack_latents(weights: Weights, spec: LatentsSpec) -> PackedLatents:
+    (weight,) = weights
+    assert weight is not None
+    return PackedLatents(weight.detach(), spec)

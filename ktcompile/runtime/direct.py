@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ktcompile.ops.attention import run as run_attention
 from ktcompile.ops.cached_attention import run as run_cached_attention
 from ktcompile.ops.experts import PackedExperts, from_handle
-from ktcompile.ops.linear import PackedLinear
+from ktcompile.ops.linear import PackedLinear, run_heads
 from ktcompile.ops.linear import run as run_linear
 from ktcompile.ops.moe import anywhere
 from ktcompile.ops.norm import run as run_norm
@@ -39,12 +39,17 @@ def _linear(x: Tensor, packed: PackedLinear, out_features: int) -> Tensor:
     return run_linear(x, packed)
 
 
+def _head_linear(x: Tensor, packed: PackedLinear, out_features: int) -> Tensor:
+    return run_heads(x, packed)
+
+
 def _moe(x: Tensor, ids: Tensor, weights: Tensor, experts: PackedExperts | Tensor) -> Tensor:
     return anywhere(x, ids, weights, from_handle(experts) if isinstance(experts, Tensor) else experts)
 
 
 _FUNCTIONS: dict[object, Callable[..., Any]] = {
     torch.ops.kt.linear.default: _linear,
+    torch.ops.kt.head_linear.default: _head_linear,
     torch.ops.kt.moe.default: _moe,
     torch.ops.kt.rms_norm.default: run_norm,
     torch.ops.kt.add_rms_norm.default: run_add_norm,

@@ -14,8 +14,8 @@ from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.packed import PACKED, GivenInput, PackedInput
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
-from ktcompile.ops.spec import ExpertsSpec, LinearSpec
-from ktcompile.ops.store import Weights, expert_store, linear_store, storages_of
+from ktcompile.ops.spec import LatentsSpec, LinearSpec
+from ktcompile.ops.store import Weights, expert_store, latents_store, linear_store, storages_of
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.direct import call_directly
 from ktcompile.runtime.program import with_programs
@@ -80,7 +80,7 @@ class _Found:
         layer = self._layer() if self._layer is not None else None
         if layer is not None and all(s.is_still(args[i]) for s, i in zip(self._seen, self._positions, strict=True)):
             return layer
-        layer = _get(self._packed.spec, _weights(args, self._packed))
+        layer = _get(self._packed, _weights(args, self._packed))
         if not any(args[i].is_inference() for i in self._positions):  # these have no versions
             self._seen = [_Seen(args[i]) for i in self._positions]
             self._layer = weakref.ref(layer)
@@ -127,7 +127,7 @@ def build(
     for p in packed:
         weights = _weights(example_inputs, p)
         alone = replaced.issuperset(i for i in p.positions[: p.spec.weights] if i is not None)
-        layers.append(_take(take_from, weights, p.spec) if take_from and alone else _get(p.spec, weights))
+        layers.append(_take(take_from, weights, p) if take_from and alone else _get(p, weights))
     if placer is not None and experts:
         placed: list[Any] = [
             from_handle(example_inputs[e.position]) if isinstance(e, GivenInput) else layers[packed.index(e)]
@@ -174,14 +174,18 @@ def _top_k(layer: PackedInput | GivenInput) -> int:
     return layer.top_k
 
 
-def _get(spec: ExpertsSpec | LinearSpec, weights: Weights) -> PackedExperts | PackedLinear:
+def _get(packed: PackedInput, weights: Weights) -> PackedExperts | PackedLinear:
+    spec = packed.spec
     if isinstance(spec, LinearSpec):
         return linear_store().get(weights, spec)
+    if isinstance(spec, LatentsSpec):
+        latents = latents_store().get(weights, spec)
+        return latents.keys if packed.part == "keys" else latents.values
     return expert_store().get(weights, spec)
 
 
-def _take(owners: ParameterOwners, weights: Weights, spec: ExpertsSpec | LinearSpec) -> PackedExperts | PackedLinear:
-    modules = []
+def _take(owners: ParameterOwners, weights: Weights, packed: PackedInput) -> PackedExperts | PackedLinear:
+    modules, spec = [], packed.spec
     for weight in weights[: spec.weights]:
         owner = None if weight is None else owners.find(weight)
         if owner is None:
@@ -189,6 +193,9 @@ def _take(owners: ParameterOwners, weights: Weights, spec: ExpertsSpec | LinearS
         modules.append(owner.module)
     if isinstance(spec, LinearSpec):
         return take_weights(linear_store(), modules, weights, spec)
+    if isinstance(spec, LatentsSpec):
+        take_weights(latents_store(), modules, weights, spec)
+        return _get(packed, weights)
     return take_weights(expert_store(), modules, weights, spec)
 
 

@@ -317,6 +317,11 @@ def _linear(b: Builder, node: fx.Node) -> None:
     b.are(node, b.step(Opcode.linear, [b.array(x)], packed=b.packed(handle)))
 
 
+def _head_linear(b: Builder, node: fx.Node) -> None:
+    x, handle, _ = node.args
+    b.are(node, b.step(Opcode.head_linear, [b.array(x)], packed=b.packed(handle)))
+
+
 def _moe(b: Builder, node: fx.Node) -> None:
     x, ids, weights, handle = node.args
     if _tensor(ids).dtype is not torch.int64:
@@ -365,13 +370,13 @@ def _attention(b: Builder, node: fx.Node) -> None:
 
 def _cached_attention(b: Builder, node: fx.Node) -> None:
     *tensors, sinks, window, scale, softcap = node.args
-    key_blocks, key_scales, key = tensors[0], tensors[2], tensors[5]
+    key_blocks, key_scales, key, value = tensors[0], tensors[2], *tensors[5:7]
     if key_scales is None and _tensor(key_blocks).dtype != _tensor(key).dtype:
         raise UnsupportedError("keys are stored in another dtype")
     if sinks is not None and _tensor(sinks).dtype is not torch.float32:
         raise UnsupportedError("sinks of another dtype")
     arrays = [b.array(n) for n in (*tensors, sinks) if n is not None]
-    extra = (1 if key_scales is not None else 0) | (2 if sinks is not None else 0)
+    extra = sum(bit for bit, x in ((1, key_scales), (2, sinks), (4, value)) if x is not None)
     real = [b.real(0.0 if scale is None else scale), b.real(softcap or 0.0)]
     b.are(node, b.step(Opcode.cached_attention, arrays, [b.number(window or 0), (extra, -1)], real))
 
@@ -517,6 +522,7 @@ _HANDLERS: dict[object, Callable[[Builder, fx.Node], None]] = {
     torch.functional.split: _split,
     operator.getitem: _getitem,
     torch.ops.kt.linear.default: _linear,
+    torch.ops.kt.head_linear.default: _head_linear,
     torch.ops.kt.moe.default: _moe,
     torch.ops.kt.rms_norm.default: _norm,
     torch.ops.kt.add_rms_norm.default: _add_norm,

@@ -17,13 +17,21 @@ inline const kt::isa& isa_named(const std::string& name) {
   throw std::invalid_argument("this build has no kernels for ISA '" + name + "'");
 }
 
+// The weight of a linear layer, or of one for each head.
 struct packed_linear {
-  std::size_t features, k;
+  std::size_t features, k;  // of a head
+  int heads;
   kt::packed_weight weight;
-  packed_linear(const kt::weight_format& format, std::size_t n, std::size_t in)
+  packed_linear(const kt::weight_format& format, std::size_t n, std::size_t in, int count)
       : features(n),
         k(in),
-        weight(format, 1, (n + kt::panel_columns - 1) / kt::panel_columns, 0, in, kt::column_map::plain(0, n), -1) {}
+        heads(count),
+        weight(format, count, (n + kt::panel_columns - 1) / kt::panel_columns, 0, in, kt::column_map::plain(0, n), -1) {
+  }
+  void check(int head) const {
+    if (head < 0 || head >= heads)
+      throw std::out_of_range("head " + std::to_string(head) + " of " + std::to_string(heads));
+  }
 };
 
 void bind_program(nanobind::module_& m);

@@ -66,7 +66,8 @@ std::vector<kt::thread_place> places(int threads, const kt::topology& topology) 
   return result;
 }
 
-// A weight of a linear layer.
+// (address, stride of rows, stride of heads)
+using heads_place = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
 // (address, stride of groups, stride of rows)
 using rows_place = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t>;
 
@@ -328,21 +329,23 @@ NB_MODULE(_native, m) {
       .def_prop_ro("nbytes", &kt::experts::bytes);
 
   nb::class_<packed_linear>(m, "Linear")
-      .def(nb::init<const kt::weight_format&, std::size_t, std::size_t>(), "format"_a, "out_features"_a,
-           "in_features"_a)
+      .def(nb::init<const kt::weight_format&, std::size_t, std::size_t, int>(), "format"_a, "out_features"_a,
+           "in_features"_a, "heads"_a = 1)
       .def(
           "pack",
-          [](packed_linear& self, std::uintptr_t weight, strides2 s, kt::dtype type) {
-            self.weight.pack(0, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
+          [](packed_linear& self, std::uintptr_t weight, strides2 s, kt::dtype type, int head) {
+            self.check(head);
+            self.weight.pack(head, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
           },
-          "weight"_a, "strides"_a, "type"_a, nb::call_guard<nb::gil_scoped_release>())
+          "weight"_a, "strides"_a, "type"_a, "head"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "pack_quantized",
-          [](packed_linear& self, const quantized& weight) {
+          [](packed_linear& self, const quantized& weight, int head) {
             const nb::gil_scoped_release nogil;
-            self.weight.pack(0, view(weight));
+            self.check(head);
+            self.weight.pack(head, view(weight));
           },
-          "weight"_a)
+          "weight"_a, "head"_a = 0)
       .def(
           "pack_bias",
           [](packed_linear& self, std::uintptr_t data, std::ptrdiff_t stride, kt::dtype type) {
@@ -351,10 +354,11 @@ NB_MODULE(_native, m) {
           "bias"_a, "stride"_a, "type"_a)
       .def(
           "unpack",
-          [](const packed_linear& self, std::uintptr_t weight, strides2 s, kt::dtype type) {
-            self.weight.unpack(0, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
+          [](const packed_linear& self, std::uintptr_t weight, strides2 s, kt::dtype type, int head) {
+            self.check(head);
+            self.weight.unpack(head, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
           },
-          "weight"_a, "strides"_a, "type"_a, nb::call_guard<nb::gil_scoped_release>())
+          "weight"_a, "strides"_a, "type"_a, "head"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("nbytes", [](const packed_linear& self) { return self.weight.bytes(); });
 
   m.def(
@@ -398,12 +402,15 @@ NB_MODULE(_native, m) {
              if (!wrong.empty()) throw std::invalid_argument(wrong);
            })
       .def("linear",
-           [](kt::context& self, const packed_linear& w, const std::string& isa, std::size_t rows, std::uintptr_t in,
-              kt::dtype type, std::size_t in_stride, std::uintptr_t out, std::size_t out_stride) {
+           [](kt::context& self, const packed_linear& w, const std::string& isa, std::size_t rows, kt::dtype type,
+              const heads_place& in, const heads_place& out) {
              const kt::kernel_table& kernels = kt::kernels_for(isa_named(isa), w.weight.layout().format.kind, type);
+             const auto [from, in_stride, in_head_stride] = in;
+             const auto [to, out_stride, out_head_stride] = out;
              const nb::gil_scoped_release nogil;
              self.linear(w.weight, kernels,
-                         {rows, w.k, w.features, address<void>(in), type, in_stride, address<void>(out), out_stride});
+                         {rows, w.k, w.features, address<void>(from), type, in_stride, address<void>(to), out_stride,
+                          static_cast<std::size_t>(w.heads), in_head_stride, out_head_stride});
            })
       .def(
           "norm",

@@ -88,6 +88,7 @@ void bind_program(nb::module_& m) {
       .value("expand", kt::opcode::expand)
       .value("contiguous", kt::opcode::contiguous)
       .value("linear", kt::opcode::linear)
+      .value("head_linear", kt::opcode::head_linear)
       .value("moe", kt::opcode::moe)
       .value("norm", kt::opcode::norm)
       .value("add_norm", kt::opcode::add_norm)
@@ -123,7 +124,7 @@ void bind_program(nb::module_& m) {
       .def(
           "set_linear",
           [](bound_program& self, int packed, const packed_linear& w, const std::string& isa) {
-            self.program.set_linear(packed, &w.weight, w.features, w.k, &isa_named(isa));
+            self.program.set_linear(packed, &w.weight, w.features, w.k, w.heads, &isa_named(isa));
           },
           "packed"_a, "weight"_a, "isa"_a, "The weight must outlive calls that follow.")
       .def(

@@ -54,19 +54,25 @@ void program::call::reshape(const step& s) {
 void program::call::compute_linear(const step& s) {
   const packed& w = p.packed_[static_cast<std::size_t>(s.packed)];
   array a = in(s, 0);
-  if (!a.rank || a.shape[a.rank - 1] != static_cast<std::int64_t>(w.k)) fail_program("a linear layer has other inputs");
+  const bool of_heads = s.op == opcode::head_linear;
+  if (a.rank < 1 + of_heads || a.shape[a.rank - 1] != static_cast<std::int64_t>(w.k) ||
+      w.heads != (of_heads ? a.shape[a.rank - 2] : 1))
+    fail_program("a linear layer has other inputs");
+  const auto of_one_head = [&] { return of_heads ? without(a, a.rank - 2) : a; };
   std::int64_t stride;
-  if (!as_rows(a, stride)) {
+  if (!as_rows(of_one_head(), stride)) {
     a = dense(s, a);
-    stride = a.shape[a.rank - 1];
+    stride = w.heads * a.shape[a.rank - 1];
   }
   std::int64_t shape[most_dimensions];
   std::copy(a.shape, a.shape + a.rank, shape);
   shape[a.rank - 1] = static_cast<std::int64_t>(w.features);
   const array& b = place(s, 0, a.type, shape, a.rank);
+  const auto heads = static_cast<std::size_t>(w.heads);
   c.linear(*w.weight, kernels_for(*w.set, w.weight->layout().format.kind, float_type(a)),
-           {static_cast<std::size_t>(rows_of(a)), w.k, w.features, a.data, float_type(a),
-            static_cast<std::size_t>(stride), b.data, w.features});
+           {static_cast<std::size_t>(rows_of(of_one_head())), w.k, w.features, a.data, float_type(a),
+            static_cast<std::size_t>(stride), b.data, heads * w.features, heads,
+            of_heads ? static_cast<std::size_t>(a.strides[a.rank - 2]) : 0, w.features});
 }
 
 void program::call::compute_moe(const step& s) {
@@ -293,7 +299,8 @@ void program::call::run(const step& s) {
       copy(c, a, place(s, 0, a.type, a.shape, a.rank));
       return;
     }
-    case opcode::linear: return compute_linear(s);
+    case opcode::linear:
+    case opcode::head_linear: return compute_linear(s);
     case opcode::moe: return compute_moe(s);
     case opcode::norm: return compute_norm(s, false);
     case opcode::add_norm: return compute_norm(s, true);
@@ -344,12 +351,13 @@ void program::finish(std::vector<int> results) {
     if (last[g] >= 0) ends_[static_cast<std::size_t>(last[g])].push_back(static_cast<int>(g));
 }
 
-void program::set_linear(int packed, const packed_weight* weight, std::size_t features, std::size_t k, const isa* i) {
-  packed_.at(static_cast<std::size_t>(packed)) = {weight, features, k, nullptr, i};
+void program::set_linear(int packed, const packed_weight* weight, std::size_t features, std::size_t k, int heads,
+                         const isa* i) {
+  packed_.at(static_cast<std::size_t>(packed)) = {weight, features, k, heads, nullptr, i};
 }
 
 void program::set_experts(int packed, const experts* e, const isa* i) {
-  packed_.at(static_cast<std::size_t>(packed)) = {nullptr, 0, 0, e, i};
+  packed_.at(static_cast<std::size_t>(packed)) = {nullptr, 0, 0, 1, e, i};
 }
 
 std::vector<result> program::run(context& c, const kernel_table& kernels, const std::vector<array>& arguments,

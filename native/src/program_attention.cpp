@@ -151,11 +151,11 @@ void program::call::store_rows(const array& rows, const array& slots, const arra
 }
 
 void program::call::compute_cached_attention(const step& s) {
-  const bool coded = number(s, 1) & 1, with_sinks = number(s, 1) & 2;
+  const bool coded = number(s, 1) & 1, with_sinks = number(s, 1) & 2, with_value = number(s, 1) & 4;
   std::size_t next = 0;
   const array key_blocks = in(s, next++), value_blocks = in(s, next++);
   const array key_scales = coded ? in(s, next++) : array{}, value_scales = coded ? in(s, next++) : array{};
-  array q = in(s, next++), key = in(s, next++), value = in(s, next++);
+  array q = in(s, next++), key = in(s, next++), value = with_value ? in(s, next++) : key;
   const array slots = dense(s, in(s, next++)), table = dense(s, in(s, next++)), lengths = dense(s, in(s, next++)),
               starts = dense(s, in(s, next++));
   for (array* a : {&q, &key, &value}) {
@@ -170,6 +170,12 @@ void program::call::compute_cached_attention(const step& s) {
                         std::equal(scales.shape, scales.shape + 3, blocks.shape)
                   : blocks.type == rows.type);
   };
+  if (!with_value) {  // the first elements of keys are the values
+    if (value_blocks.data != key_blocks.data || value_blocks.rank != 4 || value_blocks.shape[3] > key.shape[3] ||
+        !std::equal(value_blocks.strides, value_blocks.strides + 3, key_blocks.strides))
+      fail_program("blocks of values are no part of those of keys");
+    value.shape[3] = value_blocks.shape[3];
+  }
   if (!holds(key_blocks, key_scales, key) || !holds(value_blocks, value_scales, value) ||
       !std::equal(key_blocks.shape, key_blocks.shape + 3, value_blocks.shape))
     fail_program("keys or values do not fit into their storage");
@@ -196,7 +202,7 @@ void program::call::compute_cached_attention(const step& s) {
         fail_program("block " + std::to_string(b) + " of " + std::to_string(blocks));
   }
   store_rows(key, slots, key_blocks, coded ? &key_scales : nullptr);
-  store_rows(value, slots, value_blocks, coded ? &value_scales : nullptr);
+  if (with_value) store_rows(value, slots, value_blocks, coded ? &value_scales : nullptr);
   const std::int64_t shape[] = {1, tokens, q.shape[1], value.shape[3]};
   const array& out = place(s, 0, q.type, shape, 4);
   const auto in_blocks = [](const array& a) {

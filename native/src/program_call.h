@@ -22,7 +22,8 @@ struct program::step {
 
 struct program::packed {
   const packed_weight* weight = nullptr;
-  std::size_t features = 0, k = 0;
+  std::size_t features = 0, k = 0;  // of a head
+  std::int64_t heads = 1;
   const experts* all = nullptr;
   const isa* set = nullptr;
 };

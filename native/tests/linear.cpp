@@ -441,6 +441,60 @@ void test_formats() {
   check(allowed == 3 + 3 + 1 + 12 + 12 + 12 + 1, std::to_string(allowed) + " formats are allowed");
 }
 
+// Weights of several heads in one call, of rows that lie head beside head: each as a layer by itself, to the bit, with
+// NaN between and behind rows, heads, and in the memory that the context kept.
+void test_heads() {
+  constexpr std::size_t ks[] = {1, 20, 72, 130}, ns[] = {1, 14, 33, 96}, rows[] = {1, 3, 40, 300},
+                        counts[] = {1, 3, 16};
+  unsigned n = 18'000;
+  for (const kt::weight_format& f : all_formats())
+    for (std::size_t k : ks) {
+      ++n;
+      if (quick && n % 3 != 0) continue;
+      const linear_case c{f, quick ? 5 : rows[n % 4], k, ns[n / 2 % 4], dtypes[n % 3], n % 2 == 0, n / 2 % 2 == 0};
+      const std::size_t heads = counts[n % 3], panels = (c.n + kt::panel_columns - 1) / kt::panel_columns;
+      std::vector<linear_layer> layers;
+      for (std::size_t h = 0; h < heads; ++h) layers.emplace_back(c, 100 * n + static_cast<unsigned>(h));
+      kt::packed_weight w(f, static_cast<int>(heads), panels, 0, c.k, kt::column_map::plain(0, c.n), -1);
+      std::vector<kt::packed_weight> alone;
+      for (std::size_t h = 0; h < heads; ++h) w.copy(static_cast<int>(h), alone.emplace_back(layers[h].pack()), 0);
+      const std::size_t in_head = layers[0].in_stride(), in_stride = heads * in_head + 3;
+      const std::size_t out_head = layers[0].out_stride(), out_stride = heads * out_head + 5;
+      elements in(c.type, c.rows * in_stride), no_numbers(c.type, c.rows * in_stride);
+      for (std::size_t i = 0; i < in.size(); ++i) in.set(i, NAN), no_numbers.set(i, NAN);
+      for (std::size_t r = 0; r < c.rows; ++r)
+        for (std::size_t h = 0; h < heads; ++h)
+          for (std::size_t i = 0; i < c.k; ++i)
+            in.set(r * in_stride + h * in_head + i, layers[h].in.get(r * in_head + i));
+      for (const kt::isa* i : isas) {
+        if (!has_kernels(*i, f, c.type) || (std::string(i->name) == "amx_emu" && heads * c.rows > 200)) continue;
+        const std::string label = std::to_string(heads) + " heads, " + describe(c) + " [" + i->name + "]";
+        for (int count : {1, 2, 5}) {
+          elements out(c.type, c.rows * out_stride + guard);
+          for (std::size_t o = 0; o < out.size(); ++o) out.set(o, NAN);
+          const std::vector<char> before = out.bytes;
+          for (const elements* from : {&no_numbers, &in})
+            threads(count).linear(w, *i->kernels,
+                                  {c.rows, c.k, c.n, from->bytes.data(), c.type, in_stride, out.bytes.data(),
+                                   out_stride, heads, in_head, out_head});
+          const std::size_t size = size_of(c.type);
+          for (std::size_t h = 0; h < heads; ++h) {
+            const outcome wanted = run(threads(2), alone[h], *i->kernels, layers[h], layers[h].in, 0, c.rows);
+            outcome got;
+            for (std::size_t r = 0; r < c.rows; ++r) {
+              const auto at = static_cast<std::ptrdiff_t>((r * out_stride + h * out_head) * size);
+              const auto bytes = static_cast<std::ptrdiff_t>(c.n * size);
+              got.rows.insert(got.rows.end(), out.bytes.begin() + at, out.bytes.begin() + at + bytes);
+              std::copy_n(before.begin() + at, bytes, out.bytes.begin() + at);
+            }
+            same(wanted, 0, got, c.rows, layers[h], label + ": head " + std::to_string(h));
+          }
+          check(out.bytes == before, label + ": wrote beyond its rows");
+        }
+      }
+    }
+}
+
 void test_no_rows() {
   linear_case c{float_format(dtype::f32), 1};
   linear_layer l(c, 16'000);
@@ -458,5 +512,6 @@ const std::vector<test> linear_tests = {
     {"great integers", test_great_integers},
     {"dynamic rows", test_dynamic_rows},
     {"formats", test_formats},
+    {"heads", test_heads},
     {"no rows", test_no_rows},
 };

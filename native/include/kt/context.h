@@ -33,14 +33,15 @@ struct moe_arguments {
   std::size_t out_stride = 0;
 };
 
-// in [rows][k], out [rows][features], both of `type`; strides of rows in elements.
+// in [rows][heads][k], out [rows][heads][features], both of `type`; strides in elements. Each head has its own weight.
 struct linear_arguments {
-  std::size_t rows = 0, k = 0, features = 0;
+  std::size_t rows = 0, k = 0, features = 0;  // of a head
   const void* in = nullptr;
   dtype type = dtype::f32;
   std::size_t in_stride = 0;
   void* out = nullptr;
   std::size_t out_stride = 0;
+  std::size_t heads = 1, in_head_stride = 0, out_head_stride = 0;
 };
 
 // Distances in elements.
@@ -123,7 +124,7 @@ class context {
   // a weight that is no finite number.
   std::string moe(const experts& e, const kernel_table& kernels, const moe_arguments& arguments);
 
-  // out[r] = weight * in[r] + bias. `weight` is of one expert.
+  // out[r][h] = weight[h] * in[r][h] + bias. `weight` has an expert for each head.
   void linear(const packed_weight& weight, const kernel_table& kernels, const linear_arguments& arguments);
 
   // Work on [0, rows) in parts, on several threads where there are enough elements. Denormals are zero meanwhile.

@@ -65,15 +65,17 @@ enum class opcode : std::uint8_t {
   contiguous,
   // Computations.
   linear,            // in: x. A packed weight
+  head_linear,       // in: x, whose last dimension but one is that of heads. A packed weight of each head
   moe,               // in: x, ids, weights. Packed experts
   norm,              // in: x, weight. n: round_first. x: epsilon, offset
   add_norm,          // in: x, addend, weight. out: sum, norm. As norm
   rotary,            // in: x, cos, sin and perhaps the weight of a norm. As norm
   attention,         // in: query, key, value and perhaps mask, sinks. n: causal, first position or -1, window or 0,
                      // which of mask (1) and sinks (2) there are. x: scale or 0, softcap or 0
-  cached_attention,  // in: blocks of keys, of values, perhaps their scales; query, key, value; slots, block table,
-                     // lengths, query starts, perhaps sinks. Keys and values are stored first. n: window or 0, which of
-                     // scales (1) and sinks (2) there are. x: scale or 0, softcap or 0
+  cached_attention,  // in: blocks of keys, of values, perhaps their scales; query, key, perhaps value; slots, block
+                     // table, lengths, query starts, perhaps sinks. Keys and values are stored first; without a value
+                     // blocks of values are a part of those of keys. n: window or 0, which of scales (1), sinks (2) and
+                     // value (4) there are. x: scale or 0, softcap or 0
   elementwise,   // in: a and perhaps b, of which each row has as many elements or one. n: element_op, element of out
   softmax,       // in: x; over the last dimension, to f32
   top_k,         // in: x, f32. n: k. out: values, ids, descending; of equal ones the first
@@ -100,7 +102,9 @@ class program {
   // Which arrays leave the program; the last thing that is told.
   void finish(std::vector<int> results);
 
-  void set_linear(int packed, const packed_weight* weight, std::size_t features, std::size_t k, const isa* i);
+  // heads: how many weights there are, each with so many features and inputs.
+  void set_linear(int packed, const packed_weight* weight, std::size_t features, std::size_t k, int heads,
+                  const isa* i);
   void set_experts(int packed, const experts* e, const isa* i);
 
   // Memory for a new array, contiguous, of this shape.
