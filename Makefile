@@ -3,6 +3,8 @@
 # make check  a developer's loop, under three minutes
 # Each does its own set-up in .venv. Needs Python >= 3.10 with venv, a C++20 compiler and make.
 PYTHON ?= python3
+# Each of a hundred processes would compile what it imports, torch among it, for ten seconds.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 # Most tests use one core; torch and the kernels of two workers share what there is.

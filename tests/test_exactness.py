@@ -31,7 +31,8 @@ def fresh():
 def in_chunks(run: Callable[..., Any], config: Any, ids: torch.Tensor, size: int) -> torch.Tensor:
     """Return the logits of a prompt that comes in chunks of `size` tokens."""
     cache = DynamicCache(config=config)
-    chunks = ids.split(size, dim=1)
+    # With strides of their own: for those of a view of the prompt Dynamo would trace the model once more.
+    chunks = [c.clone(memory_format=torch.contiguous_format) for c in ids.split(size, dim=1)]
     return torch.cat([run(input_ids=c, past_key_values=cache, use_cache=True).logits for c in chunks], dim=1)
 
 

@@ -25,6 +25,34 @@ LEFT_TO_STOCK = {
     "MuseSparkExperts": "normalises",  # a norm on each expert's output
 }
 
+# The classes whose tiny models have two layers of one kind: one shows the same, in two thirds of the time.
+LIKE_LAYERS = frozenset(
+    {
+        "AriaExperts",
+        "Cohere2MoeExperts",
+        "FlexOlmoExperts",
+        "GraniteMoeExperts",
+        "GraniteMoeSharedExperts",
+        "HunYuanMoEV1Experts",
+        "InklingExperts",
+        "Kolibri1Experts",
+        "MellumExperts",
+        "MiniMaxM2Experts",
+        "MiniMaxM3VLExperts",
+        "MixtralExperts",
+        "OlmoeExperts",
+        "OpenAIPrivacyFilterExperts",
+        "PhimoeExperts",
+        "Qwen2MoeExperts",
+        "Qwen3MoeExperts",
+        "Qwen3OmniMoeTalkerTextExperts",
+        "Qwen3OmniMoeThinkerTextExperts",
+        "Qwen3VLMoeTextExperts",
+        "Qwen4ExpTextExperts",
+        "SolarOpenExperts",
+    }
+)
+
 
 @pytest.fixture(scope="module", params=CLASSES, ids=[name for _, name in CLASSES])
 def case(request: pytest.FixtureRequest) -> MoeCase:
@@ -37,7 +65,7 @@ def case(request: pytest.FixtureRequest) -> MoeCase:
 def test_fp32_logits_equal_eager(case: MoeCase) -> None:
     """In Dynamo's graph the experts are regions, which take hidden states, ids, weights and the module's parameters,
     and give one tensor."""
-    model, kwargs = build(case)
+    model, kwargs = model_of(case)
     wanted, calls = routed(case, model, kwargs, "eager")
     model.set_experts_implementation("grouped_mm")
     regions: list[Region] = []
@@ -61,8 +89,8 @@ def test_fp32_logits_equal_eager(case: MoeCase) -> None:
 def test_bf16_logits_are_as_near_to_fp32_as_the_stock_ones(case: MoeCase) -> None:
     """Relative error below 0.02, and no more than twice that of grouped_mm. Where a router in bf16 decides otherwise
     than in fp32, the error is more; then it must be within the bound of an fp32 model that is given those decisions."""
-    model, kwargs = build(case, torch.bfloat16)
-    exact, exact_kwargs = build(case, torch.bfloat16)
+    model, kwargs = model_of(case, torch.bfloat16)
+    exact, exact_kwargs = model_of(case, torch.bfloat16)
     exact.float()
     exact_kwargs = {k: v.float() if _is_float(v) else v for k, v in exact_kwargs.items()}
     wanted, _ = routed(case, exact, exact_kwargs, "eager")
@@ -84,6 +112,10 @@ def test_bf16_logits_are_as_near_to_fp32_as_the_stock_ones(case: MoeCase) -> Non
     # Gemma 4 in bf16 is 0.034 off by itself, on the same routing; ours is then to be no worse.
     assert error < max(2e-2, stock_error)
     assert error <= 2 * stock_error
+
+
+def model_of(case: MoeCase, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    return build(case, dtype, **({"num_hidden_layers": 1} if case.name in LIKE_LAYERS else {}))
 
 
 def stock(model: nn.Module, kwargs: dict[str, Any], implementation: str) -> Tensor:

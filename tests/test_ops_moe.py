@@ -63,9 +63,9 @@ def on_every_isa(experts: PackedExperts, inputs: Inputs) -> Iterator[tuple[str, 
         yield experts.isa, ops.moe(*inputs, experts)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("weight_format", FORMATS)
-def test_every_isa_gives_the_bits_of_one_and_those_are_right(weight_format, dtype):
+def test_every_isa_gives_the_bits_of_one_and_those_are_right(weight_format):
+    """For rows of every dtype; weights are packed, and quantised for the right result, once for all."""
     cases = list(itertools.product(ACTIVATIONS, LAYOUTS))
     for n, (activation, (interleaved, transposed)) in enumerate(cases):
         # All of them for the formats of floats; each activation and each layout for the others, which take longer.
@@ -73,12 +73,14 @@ def test_every_isa_gives_the_bits_of_one_and_those_are_right(weight_format, dtyp
             continue
         kinds = {"interleaved": interleaved, "transposed": transposed, "bias": n % 2 == 0}
         layer = random_layer(DTYPES[n % 3], activation, weight_format, seed=n, **kinds)
-        inputs = random_inputs(7, dtype, seed=n)
-        wanted, first = layer.reference(*inputs), {}
-        for isa, got in on_every_isa(layer.pack(), inputs):
-            what = f"{isa}, {activation}, {kinds}"
-            assert_right(got, wanted, weight_format, what)
-            assert_exact(got, first.setdefault(order_of_sums(isa, weight_format, dtype), got), what)
+        experts = layer.pack()
+        rows = [random_inputs(7, dtype, seed=n) for dtype in DTYPES]
+        for dtype, inputs, wanted in zip(DTYPES, rows, layer.references(rows), strict=True):
+            first = {}
+            for isa, got in on_every_isa(experts, inputs):
+                what = f"{isa}, {name_of(dtype)}, {activation}, {kinds}"
+                assert_right(got, wanted, weight_format, what)
+                assert_exact(got, first.setdefault(order_of_sums(isa, weight_format, dtype), got), what)
 
 
 # (E, H, I): no size is a multiple of a group, of a panel or of what a kernel takes at once.

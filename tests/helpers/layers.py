@@ -5,6 +5,7 @@ Shape suffixes: T tokens, K top_k, H hidden_size, I intermediate_size, E experts
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +51,17 @@ class Layer:
         # Formats group the input features, which are the last dimension but of transposed weights.
         return round_trip(weight.mT).mT if self.spec.transposed else round_trip(weight)
 
-    def reference(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Return the right result in fp64, with the weights as they are after packing."""
+    def reference(self, *inputs: Tensor) -> Tensor:
+        """Return the right result in fp64 for (x [T, H], ids [T, K], weights [T, K]), with the weights as after
+        packing."""
+        (result,) = self.references([inputs])
+        return result
+
+    def references(self, inputs: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Return the right result for each of several inputs; weights are quantised once."""
         rows = reference.rows_of(resolve_format(self.spec.weight_format, self.gate_up.dtype))
         weights = (self.stored(self.gate_up), self.stored(self.down), self.spec, self.gate_up_bias, self.down_bias)
-        return reference.moe(x_TH, ids_TK, weights_TK, *weights, rows)
+        return [reference.moe(*x_ids_weights, *weights, rows) for x_ids_weights in inputs]
 
 
 def random_layer(

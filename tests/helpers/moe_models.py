@@ -8,7 +8,6 @@ groups the number of experts is odd.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import importlib
@@ -182,6 +181,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Other decorators may stand between this one and the class. To parse all sources takes a second and a half.
+_DECORATED_CLASS = re.compile(r"^@use_experts_implementation\b[^\n]*(?:\n[@) ][^\n]*)*\nclass (\w+)", re.MULTILINE)
+
 # Models that take embedded tokens only.
 _TAKES_EMBEDDINGS = frozenset({"Qwen3OmniMoeTalkerModel"})
 
@@ -219,7 +221,14 @@ class MoeCase:
 @functools.cache
 def decorated_experts_classes() -> list[tuple[str, str]]:
     """Return (module name, class name) of every class that `use_experts_implementation` decorates, sorted."""
-    return sorted(found for path in _modelling_sources() for found in _decorated_classes(path))
+    spec = importlib.util.find_spec("transformers.models")
+    assert spec is not None and spec.submodule_search_locations
+    return sorted(
+        (f"transformers.models.{path.parent.name}.{path.stem}", name)
+        for root in spec.submodule_search_locations
+        for path in Path(root).glob("*/modeling_*.py")
+        for name in _DECORATED_CLASS.findall(path.read_text(encoding="utf-8"))
+    )
 
 
 @functools.cache
@@ -380,22 +389,3 @@ def _model_classes(module: Any, experts_class_name: str) -> list[tuple[type[PreT
 
 def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _modelling_sources() -> list[Path]:
-    spec = importlib.util.find_spec("transformers.models")
-    assert spec is not None and spec.submodule_search_locations
-    return [
-        path
-        for root in spec.submodule_search_locations
-        for path in Path(root).glob("*/modeling_*.py")
-        if "use_experts_implementation" in path.read_text(encoding="utf-8")
-    ]
-
-
-def _decorated_classes(path: Path) -> Iterator[tuple[str, str]]:
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and any(
-            "use_experts_implementation" in ast.unparse(decorator) for decorator in node.decorator_list
-        ):
-            yield f"transformers.models.{path.parent.name}.{path.stem}", node.name
