@@ -158,25 +158,26 @@ def test_a_kernel_configures_with_64_bytes(functions, name):
 def test_the_loops_of_a_kernel(functions, name):
     """Sums stay in tiles; per step each tile is loaded once; nothing is stored."""
     product = KERNELS[name]
-    two = ["load 6", "load 4", "046", "load 7", "147", "load 5", "256", "357"]
-    one = ["load 6", "load 4", "046", "load 7", "147"]
+    two = ["load 6", "load 4", "load 7", "load 5", "046", "147", "256", "357"]
+    one = ["load 6", "load 4", "load 7", "046", "147"]
     loops = loops_with(kernel_code(functions, name), product)
-    assert sorted([tile_instructions(loop, product) for loop in loops], key=len) == [one, two]
+    found = sorted([tile_instructions(loop, product) for loop in loops], key=len)
+    assert found in ([one, two], [one, one, two, two])  # the compiler may make others for when nothing is fetched
+    # A line of what comes next, in a loop of its own.
+    assert sum(Counter(i.mnemonic for i in loop)["prefetcht1"] for loop in loops) == 2
     for loop in loops:
-        # 2 KiB, as much as is loaded
-        assert Counter(i.mnemonic for i in loop)["prefetcht0"] == 32
         assert not [i for i in loop if STORE.match(i.operands)], "spills"
 
 
 def loops_with(code: Listing, mnemonic: str) -> list[Listing]:
-    """Return the innermost loops in which there is such an instruction."""
+    """Return the loops in which there is such an instruction, and no smaller loop with one."""
     loops = []
     for jump in code:
         if jump.mnemonic.startswith("j") and re.fullmatch("[0-9a-f]+", jump.operands):
             loop = [i for i in code if int(jump.operands, 16) <= i.address <= jump.address]
-            if any(i.mnemonic == mnemonic for i in loop) and not any(i.mnemonic[0] == "j" for i in loop[:-1]):
+            if any(i.mnemonic == mnemonic for i in loop):
                 loops.append(loop)
-    return loops
+    return [loop for loop in loops if not any(other != loop and set(other) <= set(loop) for other in loops)]
 
 
 def tile_instructions(code: Listing, product: str) -> list[str]:
@@ -194,13 +195,14 @@ def tile_instructions(code: Listing, product: str) -> list[str]:
 def test_counts_of_a_kernel(functions, name):
     code = kernel_code(functions, name)
     counts = Counter(i.mnemonic for i in code if i.mnemonic.startswith(("tile", "td", "ldtile")))
-    # One and two tiles of rows: two and four tiles of sums, zeroed or loaded, then stored.
-    assert counts == {
+    counts.pop("tilerelease", None)  # here, or in what calls this
+    # One and two tiles of rows: two and four tiles of sums, zeroed or loaded, then stored. Their loops may be there twice.
+    copies = counts[KERNELS[name]] // (2 + 4)
+    assert copies in (1, 2) and counts == {
         "ldtilecfg": 1,
         "tilezero": 2 + 4,
-        "tileloadd": (2 + 3) + (4 + 4),
-        KERNELS[name]: 2 + 4,
+        "tileloadd": (2 + 4) + copies * (3 + 4),
+        KERNELS[name]: copies * (2 + 4),
         "tilestored": 2 + 4,
-        "tilerelease": counts["tilerelease"],
     }
-    assert counts["tilerelease"] >= 1
+    assert any(i.mnemonic == "tilerelease" for i in functions[f"hw_gemm_{name}"])

@@ -23,7 +23,16 @@ from ktcompile.ops.store import expert_store
 from ktcompile.quant import FORMATS
 
 EAGER = {"inner": "eager"}
-ALL_PASSES = ("fuse_moe", "fuse_norm", "fuse_add_norm", "fuse_rotary", "fuse_attention", "pack_moe", "pack_linear")
+ALL_PASSES = (
+    "fuse_moe",
+    "fuse_norm",
+    "fuse_add_norm",
+    "fuse_rotary",
+    "fuse_attention",
+    "pack_moe",
+    "pack_linear",
+    "pack_latents",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +101,7 @@ def test_logits_equal_the_stock_model(inner: str) -> None:
         ("fuse_attention", 2),
         ("pack_moe", 2),
         ("pack_linear", 11),
+        ("pack_latents", 0),
     ]
     assert all(p.seconds > 0 for p in only.passes)
 
