@@ -196,7 +196,7 @@ def test_counts_of_a_kernel(functions, name):
     code = kernel_code(functions, name)
     counts = Counter(i.mnemonic for i in code if i.mnemonic.startswith(("tile", "td", "ldtile")))
     counts.pop("tilerelease", None)  # here, or in what calls this
-    # One and two tiles of rows: two and four tiles of sums, zeroed or loaded, then stored. Their loops may be there twice.
+    # One and two tiles of rows: two and four tiles of sums, zeroed or loaded, then stored. Loops may be there twice.
     copies = counts[KERNELS[name]] // (2 + 4)
     assert copies in (1, 2) and counts == {
         "ldtilecfg": 1,
