@@ -215,7 +215,7 @@ def test_a_start_says_what_happens() -> None:
     phases: list[str] = []
     options = EngineOptions(kv_device_memory=1 << 20)
     Engine.of_model(build_model(), byte_level_tokenizer(), options, note=phases.append)
-    assert [phase.split()[0] for phase in phases] == ["running", "tracing"]
+    assert [phase.split()[0] for phase in phases] == ["running", "making", "tracing"]
 
 
 def test_of_several_answers_all_are_taken_or_none() -> None:

@@ -145,7 +145,7 @@ def test_bytes_add_up_and_are_never_negative(name, device, ram, bits, context, b
         assert found.cache_tokens is None or found.cache_tokens >= context
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(PRESETS)), MEMORY, MEMORY, MEMORY, MEMORY, st.sampled_from([4, 16]), st.integers(1, 8))
 def test_more_memory_never_decodes_slower(name, device, more_device, ram, more_ram, bits, batch):
     wanted = Workload(4096, batch)

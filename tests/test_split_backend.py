@@ -194,7 +194,7 @@ class Counted:
 def test_split_graphs_only_where_there_is_a_device():
     names = [p.name for p in passes_for(CompileOptions(), ParameterOwners())]
     fused = ["fuse_moe", "fuse_norm", "fuse_add_norm", "fuse_rotary", "fuse_attention"]
-    assert names == [*fused, "pack_moe", "pack_linear"]
+    assert names == [*fused, "pack_moe", "pack_linear", "pack_latents"]
     with_device = [p.name for p in passes_for(CompileOptions(device="stand-in"), ParameterOwners())]
     assert with_device == [*names, "split_experts", "overlap"]
 
