@@ -3,7 +3,7 @@
 # make check  a developer's loop, under three minutes
 # Each does its own set-up in .venv. Needs Python >= 3.10 with venv, a C++20 compiler and make.
 PYTHON ?= python3
-# Each of a hundred processes would compile what it imports, torch among it, for ten seconds.
+# Each process of the tests would compile what it imports anew, torch among it.
 export PYTHONDONTWRITEBYTECODE :=
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q

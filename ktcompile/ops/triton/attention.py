@@ -5,6 +5,7 @@ Shape suffixes: T tokens, R requests, Q heads of queries, J heads of keys, D hea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,7 @@ def prefill_launch(
     )
 
 
+@functools.cache
 def _has_large_products(device: torch.device) -> bool:
     """Return whether four warps multiply 64 rows by one instruction: Hopper's, and those of what came after it. Others
     would keep part of a tile's sums in memory."""
