@@ -7,6 +7,7 @@
 #include "kernels.inl"
 #include "tile_hw.h"
 #include "../kernels/gemm_amx.inl"
+#include "../kernels/attention_bf16.inl"
 #include "../kernels/attention_amx.inl"
 #include "../kernels/unpack_amx.inl"
 

@@ -8,6 +8,7 @@
 #include "kernels.inl"
 #include "tile_emu.h"
 #include "../kernels/gemm_amx.inl"
+#include "../kernels/attention_bf16.inl"
 #include "../kernels/attention_amx.inl"
 #include "../kernels/unpack_amx.inl"
 

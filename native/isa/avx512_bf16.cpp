@@ -6,6 +6,7 @@
 #include "vec_avx512.h"
 #include "dot_avx512.h"
 #include "kernels.inl"
+#include "../kernels/attention_bf16.inl"
 
 struct dot_step {
   using a_type = std::uint32_t;  // two bf16
@@ -26,6 +27,47 @@ struct dot_step {
   }
 };
 
+// How attention multiplies pairs of bf16.
+struct bf16_pairs {
+  using element = std::uint16_t;
+  static constexpr std::size_t pair_bytes = bf16_pair_bytes, lane_bytes = 4;
+
+  template <int M, int N>
+  [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* b, const element* a, std::size_t stride) {
+    __m512bh y[N];
+    KT_UNROLLED (n, N) y[n] = (__m512bh)_mm512_loadu_si512(b + n * 64);
+    KT_UNROLLED (m, M) {
+      std::int32_t pair;
+      __builtin_memcpy(&pair, a + m * stride, sizeof pair);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      KT_UNROLLED (n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], y[n], x);
+    }
+  }
+
+  static float number(element x) { return as_f32(static_cast<std::uint32_t>(x) << 16); }
+  static vec::f32 value(const char* panel, int j, std::size_t column) {
+    const char* pair = panel + static_cast<std::size_t>(j / 2) * pair_bytes + column * lane_bytes;
+    return j % 2 ? vec::bf16_odd(pair) : vec::bf16_even(pair);
+  }
+};
+
+void attend_bf16(const attend_job& job) {
+  alignas(64) std::uint16_t weights[attention_rows * attention_tile];
+  attend_by_pairs<bf16_pairs>(job, weights, [](std::uint16_t* to, vec::f32 p) {
+    p = round_weight(p);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(p));  // changes nothing any more
+    return p;
+  });
+}
+
+constexpr attention_kernels attention_bf16 = {
+    2, bf16_unit, copy_bf16_rows, pack_bf16_keys, pack_bf16_values, attend_bf16, merge_attention, finish_attention};
+
+constexpr kernel_table with_attention(kernel_table t) {
+  t.attention_bf16 = attention_bf16;
+  return t;
+}
+
 double bf16_arithmetic(std::size_t rounds) {
   return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), vec::zero(), 4.0 * vec::lanes,
                            [](vec::f32 acc, __m512i x) { return _mm512_dpbf16_ps(acc, (__m512bh)x, (__m512bh)x); });
@@ -34,7 +76,7 @@ double bf16_arithmetic(std::size_t rounds) {
 }  // namespace
 
 constexpr row_kernels bf16_rows = {2, pack_rows<bf16_block>, activate<bf16_block>};
-const kernel_table kernels = table_of<dot_step>(bf16_rows, /*rows_in_bf16=*/true, bf16_arithmetic);
+const kernel_table kernels = with_attention(table_of<dot_step>(bf16_rows, /*rows_in_bf16=*/true, bf16_arithmetic));
 
 }  // namespace KT_ISA_NAME
 }  // namespace kt

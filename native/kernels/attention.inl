@@ -1,8 +1,44 @@
 // One tile of keys and values, the merge of splits and what is left to do at the end: kt/attention.h has the formulas.
 
+// How pairs of fp32 are multiplied: the weights of a pair are [2][32].
+struct fp32_pairs {
+  using element = float;
+  static constexpr std::size_t pair_bytes = 2 * panel_columns * sizeof(float), lane_bytes = sizeof(float);
+
+  // The next pair of M rows, which lie `stride` elements apart, by N vectors of columns.
+  template <int M, int N>
+  [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* b, const float* a, std::size_t stride) {
+    KT_UNROLLED (odd_first, 2) {
+      const int k = 1 - odd_first;
+      const float* row = reinterpret_cast<const float*>(b) + k * panel_columns;
+      vec::f32 x[M], y[N];
+      if constexpr (M < N) {
+        KT_UNROLLED (m, M) x[m] = vec::set1(a[m * stride + k]);
+        KT_UNROLLED (n, N) {
+          y[n] = vec::load(row + n * vec::lanes);
+          KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], y[n]);
+        }
+      } else {
+        KT_UNROLLED (n, N) y[n] = vec::load(row + n * vec::lanes);
+        KT_UNROLLED (m, M) {
+          x[m] = vec::set1(a[m * stride + k]);
+          KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x[m], y[n]);
+        }
+      }
+    }
+  }
+
+  static float number(float x) { return x; }
+  // Of position j in a panel of values, from a column on.
+  static vec::f32 value(const char* panel, int j, std::size_t column) {
+    return vec::load(reinterpret_cast<const float*>(panel) + j * panel_columns + column);
+  }
+};
+
+template <class Pairs>
 struct product_job {
-  const float* panel;  // [2 pairs][32]
-  const float* a;      // row m at m * a_stride, [2 pairs]
+  const char* panel;
+  const typename Pairs::element* a;  // row m at m * a_stride
   std::size_t a_stride;
   std::size_t pairs;
   float* c;  // row m at m * c_stride
@@ -11,8 +47,8 @@ struct product_job {
 };
 
 // M rows by N vectors of columns.
-template <int M, int N>
-[[gnu::noinline]] void product(const product_job& job, int column) {
+template <class Pairs, int M, int N>
+[[gnu::noinline]] void product(const product_job<Pairs>& job, int column) {
   vec::f32 acc[M][N];
   float* c = job.c + column;
   if (job.factor) {
@@ -23,51 +59,37 @@ template <int M, int N>
     KT_UNROLLED (m, M)
       KT_UNROLLED (n, N) acc[m][n] = vec::zero();
   }
-  const float *b = job.panel + column, *a = job.a;
+  const char* b = job.panel + column * Pairs::lane_bytes;
+  const typename Pairs::element* a = job.a;
   const std::size_t stride = job.a_stride;
-  const auto multiply = [&](int k) __attribute__((always_inline)) {
-    if constexpr (M < N) {
-      vec::f32 x[M];
-      KT_UNROLLED (m, M) x[m] = vec::set1(a[m * stride + k]);
-      KT_UNROLLED (n, N) {
-        const vec::f32 y = vec::load(b + k * panel_columns + n * vec::lanes);
-        KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], y);
-      }
-    } else {
-      vec::f32 y[N];
-      KT_UNROLLED (n, N) y[n] = vec::load(b + k * panel_columns + n * vec::lanes);
-      KT_UNROLLED (m, M) {
-        const vec::f32 x = vec::set1(a[m * stride + k]);
-        KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x, y[n]);
-      }
-    }
-  };
   for (std::size_t p = job.pairs; p; --p) {
-    multiply(1);
-    multiply(0);
+    Pairs::run(acc, b, a, stride);
     a += 2;
-    b += 2 * panel_columns;
+    b += Pairs::pair_bytes;
   }
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) vec::store(c + m * job.c_stride + n * vec::lanes, acc[m][n]);
 }
 
 // The columns [0, columns) of a panel, and perhaps some beyond.
-template <int M>
-void product_columns(const product_job& job, int columns) {
+template <class Pairs, int M>
+void product_columns(const product_job<Pairs>& job, int columns) {
   constexpr int n = vec::tile_vectors(M);
-  for (int column = 0; column < panel_columns && column < columns; column += n * vec::lanes) product<M, n>(job, column);
+  for (int column = 0; column < panel_columns && column < columns; column += n * vec::lanes)
+    product<Pairs, M, n>(job, column);
 }
 
-void multiply_rows(int rows, const product_job& job, int columns) {
-  static constexpr functions_by_rows<void (*)(const product_job&, int), vec::max_rows> by_rows(
-      [](auto m) { return &product_columns<m()>; });
+template <class Pairs>
+void multiply_rows(int rows, const product_job<Pairs>& job, int columns) {
+  static constexpr functions_by_rows<void (*)(const product_job<Pairs>&, int), vec::max_rows> by_rows(
+      [](auto m) { return &product_columns<Pairs, m()>; });
   by_rows[rows](job, columns);
 }
 
 // What some of its rows see of a tile: [begin, end), of which begin is even; empty where begin >= end.
 struct seen {
   int begin = attention_tile, end = 0;
+  seen() = default;
   seen(const attend_job& job, int first, int last) {
     for (int r = first; r < last; ++r) {
       const int b = job.begin[r] > 0 ? job.begin[r] : 0, e = job.end[r] < job.count ? job.end[r] : job.count;
@@ -106,19 +128,30 @@ class tile_fetch {
   int which_ = 0, row_ = 0;
 };
 
-void scores(const attend_job& job, tile_fetch& fetch) {
-  const tiling<> cut(job.rows);
+// The rows of a job in tiles, and what each of these sees.
+struct seen_by_tiles {
+  const tiling<> cut;
+  seen of[(attention_rows + vec::max_rows - 1) / vec::max_rows];
+  explicit seen_by_tiles(const attend_job& job) : cut(job.rows) {
+    for (int t = 0; t < cut.count; ++t) of[t] = seen(job, cut.begin(t), cut.begin(t + 1));
+  }
+};
+
+template <class Pairs>
+void scores(const attend_job& job, const seen_by_tiles& tiles, tile_fetch& fetch) {
+  using element = typename Pairs::element;
+  const tiling<>& cut = tiles.cut;
   for (int panel = 0; panel * panel_columns < job.count; ++panel)
     for (int t = 0; t < cut.count; ++t) {
       const int r = cut.begin(t), last = cut.begin(t + 1);
-      const int columns = seen(job, r, last).end - panel * panel_columns;
+      const int columns = tiles.of[t].end - panel * panel_columns;
       fetch.step();
       if (columns <= 0) continue;
-      multiply_rows(last - r,
-                    {static_cast<const float*>(job.keys) + panel * job.size * panel_columns,
-                     static_cast<const float*>(job.queries) + r * job.size, job.size, job.size / 2,
-                     job.scores + r * attention_tile + panel * panel_columns, attention_tile, nullptr},
-                    columns);
+      multiply_rows<Pairs>(last - r,
+                           {static_cast<const char*>(job.keys) + panel * (job.size / 2) * Pairs::pair_bytes,
+                            static_cast<const element*>(job.queries) + r * job.size, job.size, job.size / 2,
+                            job.scores + r * attention_tile + panel * panel_columns, attention_tile, nullptr},
+                           columns);
     }
 }
 
@@ -200,7 +233,7 @@ void factors(const float* from, const float* to, int rows, float* result) {
     float a[vec::lanes] = {}, b[vec::lanes] = {};
     const int n = rows - r < vec::lanes ? rows - r : vec::lanes;
     for (int i = 0; i < n; ++i) a[i] = from[r + i], b[i] = to[r + i];
-    vec::store(a, exp(vec::sub(vec::load(a), vec::load(b))));
+    vec::store(a, exp_up_to_one(vec::sub(vec::load(a), vec::load(b))));
     for (int i = 0; i < n; ++i) result[r + i] = a[i];
   }
 }
@@ -223,61 +256,90 @@ void weigh(const attend_job& job, float* factor, Keep keep) {
       vec::f32 sum = vec::mul(vec::load(sums + v * vec::lanes), f);
       KT_UNROLLED (i, attention_tile / attention_sums) {
         const int j = i * attention_sums + v * vec::lanes;
-        sum = vec::add(sum, keep(r, j, exp(vec::sub(vec::load(row + j), m))));
+        sum = vec::add(sum, keep(r, j, exp_up_to_one(vec::sub(vec::load(row + j), m))));
       }
       vec::store(sums + v * vec::lanes, sum);
     }
   }
 }
 
-void weighted_values(const attend_job& job, const float* factor, tile_fetch& fetch) {
-  const tiling<> cut(job.rows);
+// weights: [rows][64].
+template <class Pairs>
+void weighted_values(const attend_job& job, const seen_by_tiles& tiles, const typename Pairs::element* weights,
+                     const float* factor, tile_fetch& fetch) {
+  const char* values = static_cast<const char*>(job.values);
+  const tiling<>& cut = tiles.cut;
   for (std::size_t column = 0; column < job.columns; column += panel_columns)
     for (int t = 0; t < cut.count; ++t) {
       const int r = cut.begin(t), last = cut.begin(t + 1);
-      const seen s(job, r, last);
+      const seen& s = tiles.of[t];
       fetch.step();
       if (s.begin >= s.end) continue;
-      multiply_rows(
+      const std::size_t first_pair =
+          column / panel_columns * attention_tile / 2 + static_cast<std::size_t>(s.begin / 2);
+      multiply_rows<Pairs>(
           last - r,
-          {static_cast<const float*>(job.values) + column * attention_tile + s.begin * panel_columns,
-           job.scores + r * attention_tile + s.begin, attention_tile, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
-           job.state.out + r * job.state.width + column, job.state.width, factor + r},
+          {values + first_pair * Pairs::pair_bytes, weights + r * attention_tile + s.begin, attention_tile,
+           static_cast<std::size_t>(s.end - s.begin + 1) / 2, job.state.out + r * job.state.width + column,
+           job.state.width, factor + r},
           static_cast<int>(job.columns - column < panel_columns ? job.columns - column : panel_columns));
     }
 }
 
 // The same without products by zero, which is NaN if the value is infinite or NaN.
-void weighted_values_one_by_one(const attend_job& job, const float* factor) {
+template <class Pairs>
+void weighted_values_one_by_one(const attend_job& job, const typename Pairs::element* weights, const float* factor) {
   for (int r = 0; r < job.rows; ++r) {
-    const float* p = job.scores + r * attention_tile;
+    const typename Pairs::element* p = weights + r * attention_tile;
     for (std::size_t c = 0; c < job.columns; c += vec::lanes) {
       float* out = job.state.out + r * job.state.width + c;
-      const float* v = static_cast<const float*>(job.values) + c / panel_columns * attention_tile * panel_columns +
-                       c % panel_columns;
+      const char* panel =
+          static_cast<const char*>(job.values) + c / panel_columns * (attention_tile / 2) * Pairs::pair_bytes;
       vec::f32 sum = vec::mul(vec::load(out), vec::set1(factor[r]));
       for (int j = 0; j < attention_tile; ++j) {
         const int at = j ^ 1;
-        if (p[at] != 0) sum = vec::fma(vec::set1(p[at]), vec::load(v + at * panel_columns), sum);
+        if (const float weight = Pairs::number(p[at]); weight != 0)
+          sum = vec::fma(vec::set1(weight), Pairs::value(panel, at, c % panel_columns), sum);
       }
       vec::store(out, sum);
     }
   }
 }
 
-void attend(const attend_job& job) {
+// To the nearest number of eight bits, by Veltkamp's splitting: three operations, NaN stays. For numbers up to 1.
+inline vec::f32 round_weight(vec::f32 p) {
+  const vec::f32 large = vec::mul(p, vec::set1(0x10001p0f));
+  return vec::sub(large, vec::sub(large, p));
+}
+
+// weights: room for [rows][64]. keep(to, p) stores a vector of weights there, and returns what it has stored.
+template <class Pairs, class Keep>
+void attend_by_pairs(const attend_job& job, typename Pairs::element* weights, Keep keep) {
   float factor[attention_rows];
   const int panels = 2 + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
-  tile_fetch fetch(job, panels * tiling<>(job.rows).count);
-  scores(job, fetch);
-  weigh(job, factor, [&](int r, int j, vec::f32 p) {
-    vec::store(job.scores + r * attention_tile + j, p);
+  const seen_by_tiles tiles(job);
+  tile_fetch fetch(job, panels * tiles.cut.count);
+  scores<Pairs>(job, tiles, fetch);
+  weigh(job, factor, [&](int r, int j, vec::f32 p) { return keep(weights + r * attention_tile + j, p); });
+  if (job.finite)
+    weighted_values<Pairs>(job, tiles, weights, factor, fetch);
+  else
+    weighted_values_one_by_one<Pairs>(job, weights, factor);
+}
+
+void attend(const attend_job& job) {
+  attend_by_pairs<fp32_pairs>(job, job.scores, [](float* to, vec::f32 p) {
+    vec::store(to, p);
     return p;
   });
-  if (job.finite)
-    weighted_values(job, factor, fetch);
-  else
-    weighted_values_one_by_one(job, factor);
+}
+
+void attend_rounded(const attend_job& job) {
+  attend_by_pairs<fp32_pairs>(job, job.scores, [](float* to, vec::f32 p) {
+    p = round_weight(p);
+    vec::store(to, p);
+    return p;
+  });
 }
 
 void merge_attention(const merge_job& job) {
@@ -339,3 +401,5 @@ void finish_attention(const finish_job& job) {
 
 constexpr attention_kernels attention = {sizeof(float), 2,      unpack_rows,     pack_keys,
                                          pack_values,   attend, merge_attention, finish_attention};
+constexpr attention_kernels attention_rounded = {
+    sizeof(float), 2, unpack_rows, pack_keys, pack_values, attend_rounded, merge_attention, finish_attention};

@@ -61,7 +61,7 @@ void softmax(const softmax_job& job, std::size_t begin, std::size_t end) {
     for (std::size_t i = 0; i < job.size; i += partial)
       KT_UNROLLED (v, vectors) {
         const std::size_t at = i + v * vec::lanes;
-        const vec::f32 e = exp(vec::sub(load_or_lowest(in, job.type, at, job.size), vec::set1(most)));
+        const vec::f32 e = exp_up_to_one(vec::sub(load_or_lowest(in, job.type, at, job.size), vec::set1(most)));
         if (at < job.size) store_padded(out, dtype::f32, at, job.size, e);
         sums[v] = vec::add(sums[v], e);
       }

@@ -10,15 +10,26 @@ inline vec::f32 polynomial(vec::f32 x, const float (&c)[N]) {
   return p;
 }
 
-// e^x to 2 ulp; 0 below -87.7, infinity above 88.4.
-inline vec::f32 exp(vec::f32 x) {
-  x = vec::max(constant(-88.0f), vec::min(constant(89.0f), x));  // NaN passes: it is the second operand
+// e^x of numbers in [-88, 89], whose last step times(p, n) is p 2^n.
+template <class Times>
+[[gnu::always_inline]] inline vec::f32 exp_by(vec::f32 x, Times times) {
   const vec::f32 n = vec::round(vec::mul(x, constant(0x1.715476p+0f)));
   vec::f32 r = vec::fma(n, constant(-0x1.62e400p-1f), x);  // ln 2 in two parts
   r = vec::fma(n, constant(-0x1.7f7d1cp-20f), r);
   constexpr float c[] = {0x1p-1f, 0x1.5554dcp-3f, 0x1.5554eap-5f, 0x1.120b66p-7f, 0x1.6d4312p-10f};
   const vec::f32 p = vec::fma(vec::mul(r, r), polynomial(r, c), r);
-  return vec::mul(vec::add(p, constant(1.0f)), vec::exp2_integral(n));
+  return times(vec::add(p, constant(1.0f)), n);
+}
+
+// e^x to 2 ulp; 0 below -87.7, infinity above 88.4. NaN passes: it is the second operand.
+inline vec::f32 exp(vec::f32 x) {
+  return exp_by(vec::max(constant(-88.0f), vec::min(constant(89.0f), x)),
+                [](vec::f32 p, vec::f32 n) { return vec::mul(p, vec::exp2_integral(n)); });
+}
+
+// The same bits for x up to zero, in fewer instructions where vectors can be scaled by powers of two.
+inline vec::f32 exp_up_to_one(vec::f32 x) {
+  return exp_by(vec::max(constant(-88.0f), x), [](vec::f32 p, vec::f32 n) { return vec::times_exp2(p, n); });
 }
 
 // x * sigmoid(s)
@@ -39,7 +50,7 @@ inline vec::f32 gelu_erf(vec::f32 x) {
   const vec::f32 z = vec::min(constant(11.0f), vec::mul(vec::abs(x), constant(0.70710678118654752f)));
   const vec::f32 square = vec::mul(z, z), rest = vec::fma(z, z, vec::sub(vec::zero(), square));
   const vec::f32 t = vec::div(constant(1.0f), vec::fma(z, constant(0.5f), constant(1.0f)));
-  const vec::f32 gauss = exp(vec::sub(vec::zero(), square));
+  const vec::f32 gauss = exp_up_to_one(vec::sub(vec::zero(), square));
   const vec::f32 erfc = vec::mul(vec::fma(gauss, vec::sub(vec::zero(), rest), gauss), polynomial(t, c));
   const vec::f32 half = vec::mul(x, constant(0.5f));
   return vec::select_negative(x, vec::mul(half, erfc), vec::mul(half, vec::sub(constant(2.0f), erfc)));
@@ -47,7 +58,7 @@ inline vec::f32 gelu_erf(vec::f32 x) {
 
 // To an absolute error of 2e-7.
 inline vec::f32 tanh(vec::f32 x) {
-  const vec::f32 t = exp(vec::mul(vec::abs(x), constant(-2.0f)));
+  const vec::f32 t = exp_up_to_one(vec::mul(vec::abs(x), constant(-2.0f)));
   const vec::f32 y = vec::div(vec::sub(constant(1.0f), t), vec::add(constant(1.0f), t));
   return vec::select_negative(x, vec::sub(vec::zero(), y), y);
 }

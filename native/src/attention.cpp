@@ -361,7 +361,7 @@ void context::attention(const kernel_table& kernels, const attention_arguments& 
   }
   const bool bf16 = arguments.type == dtype::bf16 && arguments.kv_type == dtype::bf16 && !arguments.key_scales.group &&
                     !arguments.value_scales.group;
-  const attention_kernels& k = bf16 && kernels.attention_bf16.attend ? kernels.attention_bf16 : kernels.attention;
+  const attention_kernels& k = bf16 ? kernels.attention_bf16 : kernels.attention;
   const std::int64_t threads = pool_.size(), count = static_cast<std::int64_t>(blocks.size());
   if (count >= 4 * threads || splits <= 1 || threads == 1) {
     run_blocks(view, k, blocks, rows, pool_, *scratch_);

@@ -14,8 +14,10 @@ struct cut {
   cut(std::size_t all_rows, std::size_t most_rows, std::size_t heads, std::size_t all_panels, int threads)
       : rows(all_rows), panels(all_panels) {
     blocks = (rows + most_rows - 1) / most_rows;
-    const std::size_t items = 16 * static_cast<std::size_t>(threads);
-    groups = std::min(panels, (items + heads - 1) / heads);
+    // Few items where each re-reads many rows: of rows that the second-level cache does not hold, each part is read
+    // from the next cache for the panels of an item.
+    const std::size_t items = (blocks == 1 ? 16 : 8) * static_cast<std::size_t>(threads);
+    groups = std::min(panels, (items + heads * blocks - 1) / (heads * blocks));
   }
   std::size_t first_row(std::size_t block) const { return rows * block / blocks; }
   std::size_t first_panel(std::size_t group) const { return panels * group / groups; }

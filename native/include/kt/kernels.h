@@ -141,7 +141,7 @@ struct kernel_table {
   elementwise_kernel elementwise;
   softmax_kernel softmax;
   attention_kernels attention;
-  attention_kernels attention_bf16;  // of queries, keys and values in bf16; without functions: as `attention` does
+  attention_kernels attention_bf16;  // of queries, keys and values in bf16
   bool rows_in_bf16;                 // `rows` are bf16
   bool tiles;                        // floats are summed in the order of AMX
   // Roofline probes: the exclusive-or of all bytes; `rounds` rounds of independent multiply-adds of the kind that
