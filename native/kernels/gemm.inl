@@ -91,12 +91,13 @@ struct grouped {  // c += scale * sum for each of `groups` groups
 };
 
 // What is fetched while a tile runs: its own weights `distance` bytes ahead, in two steps where `near` is not 0, and
-// `lines` of the panel to come for each pair or quad of k.
+// `lines` of the panel to come for each pair or quad of k. `jump`: from the end of its weights to where they go on.
 struct prefetch {
   std::size_t distance = 0;
   const char* next = nullptr;
   int lines = 0;
   std::size_t near = 0;
+  std::ptrdiff_t jump = 0;
 };
 
 [[gnu::always_inline]] inline void fetch_ahead(const char* w, const prefetch& fetch) {
@@ -108,15 +109,23 @@ struct prefetch {
 template <class Step, bool Stream, int M, int N>
 [[gnu::always_inline]] inline void sum_pairs(vec::f32 (&acc)[M][N], const char*& w, const typename Step::a_type*& a,
                                              std::size_t pairs, prefetch& fetch) {
-  for (std::size_t p = 0; p < pairs; ++p) {
-    if constexpr (Stream)
-      for (std::size_t row = 0; row < Step::pair_bytes; row += panel_columns * Step::lane_bytes)
-        for (std::size_t line = 0; line < N * vec::lanes * Step::lane_bytes; line += 64)
-          fetch_ahead(w + row + line, fetch);
-    for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
-    Step::run(acc, w, a);
-    a += Step::a_per_row * M;
-    w += Step::pair_bytes;
+  // The last pairs fetch what comes behind them all.
+  constexpr int parts = Stream ? 2 : 1;
+  const std::size_t last =
+      Stream && fetch.distance / Step::pair_bytes < pairs ? fetch.distance / Step::pair_bytes : pairs;
+  std::size_t p = 0;
+  for (int part = 1; part <= parts; ++part) {
+    for (const std::size_t end = part == parts ? pairs : pairs - last; p < end; ++p) {
+      if constexpr (Stream)
+        for (std::size_t row = 0; row < Step::pair_bytes; row += panel_columns * Step::lane_bytes)
+          for (std::size_t line = 0; line < N * vec::lanes * Step::lane_bytes; line += 64)
+            fetch_ahead(w + row + line, fetch);
+      for (int i = 0; i < fetch.lines; ++i, fetch.next += 64) prefetch_l2(fetch.next);
+      Step::run(acc, w, a);
+      a += Step::a_per_row * M;
+      w += Step::pair_bytes;
+    }
+    if constexpr (Stream) fetch.distance += static_cast<std::size_t>(fetch.jump);
   }
 }
 
@@ -231,6 +240,7 @@ void each_panel(const gemm_job& job) {
     one.panel = static_cast<const char*>(job.panel) + p * bytes;
     one.c = job.c + static_cast<std::size_t>(p) * job.rows * panel_columns;
     if (job.next) one.next = static_cast<const char*>(job.next) + p * bytes;
+    one.onward = p + 1 < job.panels ? nullptr : job.onward;
     Gemm(one);
   }
 }
@@ -242,16 +252,22 @@ class panel_fetch {
   panel_fetch(const gemm_job& job, std::size_t steps) : job_(job), steps_(steps) {
     const std::size_t lines = job.next ? (part_bytes(job) / 64 + steps - 1) / steps : 0;
     per_step_ = static_cast<int>(job.rows > vec::max_rows ? (lines + 1) / 2 : lines);
+    if (job.onward) {
+      const std::size_t end = job.layout->code_offset(job.k_begin) + part_bytes(job);
+      jump_ = static_cast<const char*>(job.onward) - (static_cast<const char*>(job.panel) + end);
+    }
   }
   prefetch operator()(int tile) const {
-    if (tile > 1 || !job_.next) return {job_.distance, nullptr, 0, job_.near};
-    return {job_.distance, static_cast<const char*>(job_.next) + tile * steps_ * per_step_ * 64, per_step_, job_.near};
+    if (tile > 1 || !job_.next) return {job_.distance, nullptr, 0, job_.near, jump_};
+    return {job_.distance, static_cast<const char*>(job_.next) + tile * steps_ * per_step_ * 64, per_step_, job_.near,
+            jump_};
   }
 
  private:
   const gemm_job& job_;
   const std::size_t steps_;
   int per_step_;
+  std::ptrdiff_t jump_ = 0;
 };
 
 // Weights that are multiplied as they lie.

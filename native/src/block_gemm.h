@@ -23,7 +23,8 @@ inline std::size_t l2_bytes() {
 struct machine_habits {
   std::size_t floats, codes;  // bytes ahead
   std::size_t near_floats;    // bytes ahead of the second step; 0: there is one
-  bool stream_alone;          // of floats and int4_dyn, for few rows; more take as long as the next panel's way here
+  bool stream_alone;          // of floats and int4_dyn, for few rows; more take as long as the next panel's way here,
+                              // where products are not as fast as AVX512-BF16
   bool widen;
 };
 inline machine_habits habits_here() {
@@ -49,7 +50,7 @@ class block_gemm {
     distance_ = floats ? here.floats : here.codes;
     near_ = floats ? here.near_floats : 0;
     const bool streams = floats || w.layout().format.kind == format::int4_dyn;
-    stream_rows_ = streams && here.stream_alone ? few_rows : 0;
+    stream_rows_ = !streams || !here.stream_alone ? 0 : kernels.rows_in_bf16 && floats ? one_tile : few_rows;
     widen_ = here.widen;
   }
 
@@ -67,7 +68,7 @@ class block_gemm {
            const float* row_scale, float* c, const char* following, F done) const {
     const panel_layout& l = w_.layout();
     const std::size_t step = chunk(rows), most = at_once(rows);
-    const bool one_step = rows == 1 && near_;
+    const bool one_step = rows == 1 && near_, streams = rows <= stream_rows_;
     for (std::size_t begin = first; begin < last; begin += most) {
       const std::size_t end = std::min(begin + most, last);
       const char* after = end < last ? w_.panel(expert, end) : following;
@@ -80,8 +81,8 @@ class block_gemm {
                              : k_end < l.k   ? w_.panel(expert, begin) + l.code_offset(k_end)
                                              : after;
           gemm_({w_.panel(expert, p), static_cast<int>(count), &l, rows_packed, static_cast<int>(rows), k, k_end,
-                 c + (p - begin) * rows * panel_columns, row_scale, rows <= stream_rows_ ? nullptr : next,
-                 one_step ? near_ : distance_, one_step ? 0 : near_, widen_});
+                 c + (p - begin) * rows * panel_columns, row_scale, streams ? nullptr : next,
+                 one_step ? near_ : distance_, streams ? next : nullptr, one_step ? 0 : near_, widen_});
         }
       }
       for (std::size_t p = begin; p < end; ++p) done(p, c + (p - begin) * rows * panel_columns);
@@ -103,7 +104,7 @@ class block_gemm {
   }
 
   static std::size_t sums_bytes() { return l2_bytes() / 4; }
-  static constexpr std::size_t few_rows = 4;
+  static constexpr std::size_t few_rows = 4, one_tile = 12;
 
   void (*const gemm_)(const gemm_job&);
   const packed_weight& w_;

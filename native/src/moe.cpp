@@ -173,7 +173,11 @@ class layer_run {
     phase([this](slice_run& s, thread_scratch& t) { gate_up_items(s, t); });
     if (dynamic_) phase([this](slice_run& s, thread_scratch& t) { quantize_blocks(s, t); });
     phase([this](slice_run& s, thread_scratch& t) {
-      for (std::size_t g; s.down_queue.has(g = s.down_queue.take());) down_group(s, g * group_, t);
+      queue& q = s.down_queue;
+      for (std::size_t g = q.take(), next; q.has(g); g = next) {
+        next = q.take();
+        down_group(s, g * group_, q.has(next) ? next * group_ : panels(), t);
+      }
     });
     if (slices_.size() > 1) add_slices(pool);
   }
@@ -183,7 +187,7 @@ class layer_run {
   void quantize_tokens(thread_pool& pool);
   void gate_up_items(slice_run& s, thread_scratch& t) const;
   void quantize_blocks(slice_run& s, thread_scratch& t) const;
-  void down_group(slice_run& s, std::size_t first_panel, thread_scratch& t) const;
+  void down_group(slice_run& s, std::size_t first_panel, std::size_t next_panel, thread_scratch& t) const;
   void add_slices(thread_pool& pool);
   void pack_tokens(const slice_run& s, const block& b, thread_scratch& t) const;
   void store(std::size_t panel, const float* sum) const;
@@ -211,9 +215,10 @@ void layer_run::prepare(int threads) {
   scratch_.slices.resize(e_.slices.size());
   slices_.reserve(e_.slices.size());
   const std::size_t rows = r_.token.size();
-  // Small inputs are cut finely; for large ones an item re-reads all of `hidden`, which wants few items.
+  // For large inputs an item re-reads all of `hidden`, which wants few items; for small ones a panel of an expert is a
+  // short stream of its own, and the panels of an item follow one another.
   const bool in_cache = rows * block_gemm(k_, e_.slices.front().down).row_bytes() <= 2 * l2_bytes();
-  group_ = std::max<std::size_t>(1, panels() / (static_cast<std::size_t>(threads) * (in_cache ? 16 : 4)));
+  group_ = std::max<std::size_t>(1, panels() / (static_cast<std::size_t>(threads) * (in_cache ? 8 : 4)));
   std::size_t row_bytes = 0, c_bytes = 0;
   for (std::size_t i = 0; i < e_.slices.size(); ++i) {
     const expert_slice& s = e_.slices[i];
@@ -316,14 +321,17 @@ void layer_run::quantize_blocks(slice_run& s, thread_scratch& t) const {
   }
 }
 
-void layer_run::down_group(slice_run& s, std::size_t first, thread_scratch& t) const {
+// next: the first panel of what the thread does afterwards; panels(): nothing.
+void layer_run::down_group(slice_run& s, std::size_t first, std::size_t next, thread_scratch& t) const {
   const packed_weight& w = s.s.down;
   const std::size_t last = std::min(first + group_, w.panels()), sum_size = tokens_ * panel_columns;
   const std::size_t scales = w.layout().row_scales();
   std::memset(t.sum.as(), 0, (last - first) * sum_size * sizeof(float));
   for (std::size_t i = 0; i < blocks_.size(); ++i) {
     const block& b = blocks_[i];
-    const char* following = i + 1 < blocks_.size() ? w.panel(blocks_[i + 1].expert, first) : nullptr;
+    const char* following = i + 1 < blocks_.size() ? w.panel(blocks_[i + 1].expert, first)
+                            : next < panels()      ? w.panel(blocks_.front().expert, next)
+                                                   : nullptr;
     s.down.run(b.expert, first, last, s.hidden + b.begin * s.down.row_bytes(), b.rows, s.scale + b.begin * scales,
                t.c.as<float>(), following, [&](std::size_t p, const float* c) {
                  k_.accumulate({c, b.rows, w.panel_bias(b.expert, p), r_.weight.data() + b.begin,

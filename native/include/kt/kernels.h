@@ -80,6 +80,7 @@ struct gemm_job {
   const float* row_scale;  // of quantised rows, as quantize_rows has it
   const void* next;        // the same part of the panel or panels to come, fetched meanwhile; null: nothing
   std::size_t distance;    // how far ahead in the panel itself, bytes
+  const void* onward;      // what is fetched so far ahead of it at its end; null: what lies behind it
   std::size_t near;        // 0, or where what `distance` brought as far as the second level comes into the first
   bool widen;              // whether weights of 16 bits are faster as fp32, where many rows share them
 };
