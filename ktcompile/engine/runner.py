@@ -16,6 +16,7 @@ from torch import Tensor
 from ktcompile.engine.inputs import StepInputs
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.probe import UnsupportedModelError, attention_calls, paged_implementation
+from ktcompile.engine.traced import TracedStep
 from ktcompile.kv.layout import LayerKV, block_bytes, blocks_for, num_blocks
 from ktcompile.kv.storage import allocate, default_budget, latent_kv, layer_kv
 from ktcompile.log import warn_once
@@ -84,9 +85,8 @@ class ModelRunner:
         if options.eager or options.device != "none":  # a device's experts are seen to by hooks of the model
             return
         note("tracing the model and packing its weights")
-        self._forward = self._compiled(forward, options)
-        # What modules have as numbers is constant; else each call would be given it anew.
-        with torch._dynamo.config.patch(specialize_float=True), torch.no_grad():
+        with torch.no_grad():
+            self._forward = self._compiled(forward, options)
             self._check_compiled(options.block_size)
 
     @property
@@ -118,8 +118,8 @@ class ModelRunner:
         return forward
 
     def _compiled(self, forward: Callable[..., Tensor], options: EngineOptions) -> Callable[..., Tensor]:
-        """Return what `forward` does, compiled when it is first called; the model's weights are taken then."""
-        inputs = self._inputs
+        """Return what `forward` does, compiled; the model's weights are taken."""
+        inputs, size = self._inputs, options.block_size
         for tensor in (
             *(t for layer in self.storage for t in layer[:4]),
             inputs.block_table,
@@ -136,10 +136,18 @@ class ModelRunner:
             # tensors, and `_check_compiled` sees that what was traced for one number of tokens is right for any.
             "guard_filter_fn": lambda guards: [False] * len(guards),
         }
+        step = _step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), blocks_for(3, size), size))
+        tensors = inputs.make(step)[:4]
+        traced = TracedStep(tensors)
         compiled: Callable[..., Tensor] = torch.compile(
-            _with_own_code(forward), backend="kt", dynamic=True, fullgraph=True, options=settings
+            _with_own_code(forward), backend=traced, dynamic=True, fullgraph=True, options=settings
         )
-        return compiled
+        # The first call is traced and checks the kernels, and runs operation by operation. What modules have as numbers
+        # is constant; else each call would be given it anew.
+        with torch._dynamo.config.patch(specialize_float=True):
+            compiled(*tensors)
+        alone = traced.forward()
+        return alone if alone is not None and torch.equal(alone(*tensors), compiled(*tensors)) else compiled
 
     def _refuse_mixing(self, block_size: int) -> None:
         """UnsupportedModelError: a token has other logits in other company, so layers keep something that is not in the
@@ -152,11 +160,9 @@ class ModelRunner:
             )
 
     def _check_compiled(self, block_size: int) -> None:
-        """Trace the model, and warn if a token's bits depend on its company. RuntimeError: more than rounding does."""
-        size, name = block_size, type(self.model).__name__
-        # The first call is traced and checks the kernels, and runs operation by operation.
-        self.run(_step(_chunk("a", (1, 2, 3), 0, size), _chunk("b", (4, 5), blocks_for(3, size), size)))
-        error = self._error_of_company(size)
+        """Warn if a token's bits depend on its company. RuntimeError: more than rounding does."""
+        name = type(self.model).__name__
+        error = self._error_of_company(block_size)
         if not error < _ROUNDING:
             raise RuntimeError(f"{name}, compiled, gives a token other logits in other company ({error:.2g})")
         if error > 0:

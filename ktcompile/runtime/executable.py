@@ -59,6 +59,16 @@ class Executable:
         self._placer.step(experts)
         return result
 
+    def with_layers_of(self, args: Sequence[Any]) -> tuple[Callable[..., Any] | None, tuple[int, ...]]:
+        """Return what computes the graph with the packed layers of a call, whatever becomes of their weights, and which
+        of a call's arguments it is to be given. None: a placer has to see each call."""
+        if self._placer is not None:
+            return None, self._kept
+        layers: list[Any] = [found.layer(args) for found in self._packed]
+        packed = layers if self._direct else [layer.handle for layer in layers]
+        inner = self._inner
+        return (lambda *given: inner(*given, *packed)), self._kept
+
 
 class _Made(NamedTuple):
     """One of the layers that the executable packed."""
