@@ -27,7 +27,7 @@ struct dot_step {
   }
 };
 
-// How attention multiplies pairs of bf16.
+// How attention multiplies pairs of dimensions in bf16: weights of values stay fp32.
 struct bf16_pairs {
   using element = std::uint16_t;
   static constexpr std::size_t pair_bytes = bf16_pair_bytes, lane_bytes = 4;
@@ -43,25 +43,11 @@ struct bf16_pairs {
       KT_UNROLLED (n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], y[n], x);
     }
   }
-
-  static float number(element x) { return as_f32(static_cast<std::uint32_t>(x) << 16); }
-  static vec::f32 value(const char* panel, int j, std::size_t column) {
-    const char* pair = panel + static_cast<std::size_t>(j / 2) * pair_bytes + column * lane_bytes;
-    return j % 2 ? vec::bf16_odd(pair) : vec::bf16_even(pair);
-  }
 };
 
-void attend_bf16(const attend_job& job) {
-  alignas(64) std::uint16_t weights[attention_rows * attention_tile];
-  attend_by_pairs<bf16_pairs>(job, weights, [](std::uint16_t* to, vec::f32 p) {
-    p = round_weight(p);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(p));  // changes nothing any more
-    return p;
-  });
-}
-
 constexpr attention_kernels attention_bf16 = {
-    2, bf16_unit, copy_bf16_rows, pack_bf16_keys, pack_bf16_values, attend_bf16, merge_attention, finish_attention};
+    2,           sizeof(float),      bf16_unit,       copy_bf16_rows,  pack_bf16_keys,
+    pack_values, attend<bf16_pairs>, merge_attention, finish_attention};
 
 constexpr kernel_table with_attention(kernel_table t) {
   t.attention_bf16 = attention_bf16;

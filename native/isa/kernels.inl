@@ -51,7 +51,7 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   t.elementwise = elementwise;
   t.softmax = softmax;
   t.attention = attention;
-  t.attention_bf16 = attention_rounded;
+  t.attention_bf16 = attention;
   t.rows_in_bf16 = rows_in_bf16;
   t.read_bytes = read_bytes;
   t.arithmetic = probe;

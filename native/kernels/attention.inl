@@ -27,12 +27,6 @@ struct fp32_pairs {
       }
     }
   }
-
-  static float number(float x) { return x; }
-  // Of position j in a panel of values, from a column on.
-  static vec::f32 value(const char* panel, int j, std::size_t column) {
-    return vec::load(reinterpret_cast<const float*>(panel) + j * panel_columns + column);
-  }
 };
 
 template <class Pairs>
@@ -263,11 +257,7 @@ void weigh(const attend_job& job, float* factor, Keep keep) {
   }
 }
 
-// weights: [rows][64].
-template <class Pairs>
-void weighted_values(const attend_job& job, const seen_by_tiles& tiles, const typename Pairs::element* weights,
-                     const float* factor, tile_fetch& fetch) {
-  const char* values = static_cast<const char*>(job.values);
+void weighted_values(const attend_job& job, const seen_by_tiles& tiles, const float* factor, tile_fetch& fetch) {
   const tiling<>& cut = tiles.cut;
   for (std::size_t column = 0; column < job.columns; column += panel_columns)
     for (int t = 0; t < cut.count; ++t) {
@@ -275,71 +265,50 @@ void weighted_values(const attend_job& job, const seen_by_tiles& tiles, const ty
       const seen& s = tiles.of[t];
       fetch.step();
       if (s.begin >= s.end) continue;
-      const std::size_t first_pair =
-          column / panel_columns * attention_tile / 2 + static_cast<std::size_t>(s.begin / 2);
-      multiply_rows<Pairs>(
+      const std::size_t first = column * attention_tile + static_cast<std::size_t>(s.begin) * panel_columns;
+      multiply_rows<fp32_pairs>(
           last - r,
-          {values + first_pair * Pairs::pair_bytes, weights + r * attention_tile + s.begin, attention_tile,
-           static_cast<std::size_t>(s.end - s.begin + 1) / 2, job.state.out + r * job.state.width + column,
-           job.state.width, factor + r},
+          {static_cast<const char*>(job.values) + first * sizeof(float), job.scores + r * attention_tile + s.begin,
+           attention_tile, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
+           job.state.out + r * job.state.width + column, job.state.width, factor + r},
           static_cast<int>(job.columns - column < panel_columns ? job.columns - column : panel_columns));
     }
 }
 
 // The same without products by zero, which is NaN if the value is infinite or NaN.
-template <class Pairs>
-void weighted_values_one_by_one(const attend_job& job, const typename Pairs::element* weights, const float* factor) {
+void weighted_values_one_by_one(const attend_job& job, const float* factor) {
   for (int r = 0; r < job.rows; ++r) {
-    const typename Pairs::element* p = weights + r * attention_tile;
+    const float* p = job.scores + r * attention_tile;
     for (std::size_t c = 0; c < job.columns; c += vec::lanes) {
       float* out = job.state.out + r * job.state.width + c;
-      const char* panel =
-          static_cast<const char*>(job.values) + c / panel_columns * (attention_tile / 2) * Pairs::pair_bytes;
+      const float* v = static_cast<const float*>(job.values) + c / panel_columns * attention_tile * panel_columns +
+                       c % panel_columns;
       vec::f32 sum = vec::mul(vec::load(out), vec::set1(factor[r]));
       for (int j = 0; j < attention_tile; ++j) {
         const int at = j ^ 1;
-        if (const float weight = Pairs::number(p[at]); weight != 0)
-          sum = vec::fma(vec::set1(weight), Pairs::value(panel, at, c % panel_columns), sum);
+        if (p[at] != 0) sum = vec::fma(vec::set1(p[at]), vec::load(v + at * panel_columns), sum);
       }
       vec::store(out, sum);
     }
   }
 }
 
-// To the nearest number of eight bits, by Veltkamp's splitting: three operations, NaN stays. For numbers up to 1.
-inline vec::f32 round_weight(vec::f32 p) {
-  const vec::f32 large = vec::mul(p, vec::set1(0x10001p0f));
-  return vec::sub(large, vec::sub(large, p));
-}
-
-// weights: room for [rows][64]. keep(to, p) stores a vector of weights there, and returns what it has stored.
-template <class Pairs, class Keep>
-void attend_by_pairs(const attend_job& job, typename Pairs::element* weights, Keep keep) {
+// Keys: how pairs of dimensions of queries and keys are multiplied. Values are in fp32.
+template <class Keys>
+void attend(const attend_job& job) {
   float factor[attention_rows];
   const int panels = 2 + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
   const seen_by_tiles tiles(job);
   tile_fetch fetch(job, panels * tiles.cut.count);
-  scores<Pairs>(job, tiles, fetch);
-  weigh(job, factor, [&](int r, int j, vec::f32 p) { return keep(weights + r * attention_tile + j, p); });
+  scores<Keys>(job, tiles, fetch);
+  weigh(job, factor, [&](int r, int j, vec::f32 p) {
+    vec::store(job.scores + r * attention_tile + j, p);
+    return p;
+  });
   if (job.finite)
-    weighted_values<Pairs>(job, tiles, weights, factor, fetch);
+    weighted_values(job, tiles, factor, fetch);
   else
-    weighted_values_one_by_one<Pairs>(job, weights, factor);
-}
-
-void attend(const attend_job& job) {
-  attend_by_pairs<fp32_pairs>(job, job.scores, [](float* to, vec::f32 p) {
-    vec::store(to, p);
-    return p;
-  });
-}
-
-void attend_rounded(const attend_job& job) {
-  attend_by_pairs<fp32_pairs>(job, job.scores, [](float* to, vec::f32 p) {
-    p = round_weight(p);
-    vec::store(to, p);
-    return p;
-  });
+    weighted_values_one_by_one(job, factor);
 }
 
 void merge_attention(const merge_job& job) {
@@ -399,7 +368,6 @@ void finish_attention(const finish_job& job) {
   }
 }
 
-constexpr attention_kernels attention = {sizeof(float), 2,      unpack_rows,     pack_keys,
-                                         pack_values,   attend, merge_attention, finish_attention};
-constexpr attention_kernels attention_rounded = {
-    sizeof(float), 2, unpack_rows, pack_keys, pack_values, attend_rounded, merge_attention, finish_attention};
+constexpr attention_kernels attention = {sizeof(float),      sizeof(float),   2,
+                                         unpack_rows,        pack_keys,       pack_values,
+                                         attend<fp32_pairs>, merge_attention, finish_attention};

@@ -16,9 +16,9 @@
 // A tile or a split that a row does not see changes nothing in it, so it makes no difference which of them are run,
 // how many rows there are and which thread runs a split.
 //
-// Where queries, keys and values are all bf16, p is rounded to bf16 before it is used: what values are weighted with
-// and what the result is divided by are the same numbers. On AMX both products are then summed as the weights of bf16
-// are (kernels/gemm_amx.inl): blocks of 32 dimensions or positions ascending, in a block the even and the odd products
+// On AMX, where queries, keys and values are all bf16, p is rounded to bf16 before it is used: what values are weighted
+// with and what the result is divided by are the same numbers. Both products are summed as the weights of bf16 are
+// (kernels/gemm_amx.inl): blocks of 32 dimensions or positions ascending, in a block the even and the odd products
 // apart, then c = c + (even + odd), where c begins at zero for scores and at out f, rounded, for values.
 //
 // Keys and values may be codes of int8 with scales in fp32, each of a group of a row's elements: a code times its
@@ -114,7 +114,8 @@ struct finish_job {
 };
 
 struct attention_kernels {
-  std::size_t bytes, key_unit;  // of an element of packed rows; what keys' size is made a multiple of
+  std::size_t bytes, value_bytes;  // of a packed element of queries and keys, of values
+  std::size_t key_unit;            // what keys' size is made a multiple of
   void (*unpack_rows)(const unpack_rows_job&);
   void (*pack_keys)(const pack_tile_job&);
   bool (*pack_values)(const pack_tile_job&);  // returns whether all are finite

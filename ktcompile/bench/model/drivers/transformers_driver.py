@@ -80,7 +80,7 @@ class Transformers:
 
     def _call(self, ids: torch.Tensor) -> None:
         logits = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
-        self._chosen = logits[:, -1].argmax(-1)
+        self._chosen = logits[:, -1].float().argmax(-1)  # as generate() has them, and argmax of bf16 is slow
 
     def _new_cache(self, requests: int, length: int) -> Any:
         config = self._model.config
