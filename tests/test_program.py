@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.compare import assert_exact
+from helpers.moe_models import build, case_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -310,3 +312,16 @@ def _apply(x: Tensor, steps: list[tuple[str, Any]]) -> Tensor:
         else:
             x = x.contiguous()
     return x
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_calls_that_run_operation_by_operation_have_the_same_bits(family: str) -> None:
+    """The first one, which checks the kernels, and those in which somebody sees what experts are asked for."""
+    model, inputs = build(case_of(family), num_hidden_layers=2)
+    run = torch.compile(model, backend="kt", options={"inner": "program"}, dynamic=True)
+    with torch.no_grad():
+        first = run(**inputs).logits
+        with observing(lambda *_: None):
+            observed = run(**inputs).logits
+        assert_exact(run(**inputs).logits, first, "the first call")
+        assert_exact(observed, first, "an observed one")

@@ -32,6 +32,8 @@ _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 _FEWEST_STEPS = 3
 # But those whose elements torch computes otherwise at the end of a tensor, so by how many rows there are.
 _BY_PLACE = frozenset({torch.sigmoid, "sigmoid", F.silu, F.gelu})
+# What torch rounds otherwise than steps do: calls that run operation by operation have parts of one node for these.
+_ROUNDED = _BY_PLACE | {F.softmax, torch.softmax, "softmax"}
 # Functions whose results may share the memory of their first argument; methods all may.
 _VIEWS = (
     *("getitem", "split", "chunk", "tensor_split", "unbind", "transpose", "swapaxes", "permute", "movedim", "t"),
@@ -167,7 +169,7 @@ class Part:
 
     def _bind(self, layers: list[Any]) -> bool:
         """Give the program its weights; return whether it can run: nobody has to see what experts are asked for."""
-        if observe.active:
+        if observe.active and any(isinstance(layer, PackedExperts) for layer in layers):
             return False
         if len(self._bound) != len(layers) or any(
             seen() is not layer for seen, layer in zip(self._bound, layers, strict=True)
@@ -201,9 +203,9 @@ def _view(
 
 def _part(nodes: Sequence[fx.Node]) -> Part | None:
     builder = Builder(set(nodes))
-    for node in nodes:
-        builder.add(node)
     try:
+        for node in nodes:
+            builder.add(node)
         return Part(nodes, builder)
     except UnsupportedError as error:
         logger.debug("a part of a graph runs operation by operation: %s", error)
@@ -216,7 +218,11 @@ def _plain(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequenc
     for node in inputs:
         values[node] = graph.placeholder(node.name)
     for node in nodes:
-        values[node] = graph.node_copy(node, lambda n: values[n])
+        part = _part([node]) if len(nodes) > 1 and node.target in _ROUNDED else None
+        if part is not None:
+            _call(graph, part, values)
+        else:
+            values[node] = graph.node_copy(node, lambda n: values[n])
     graph.output(tuple(values[n] for n in outputs))
     plain = fx.GraphModule(torch.nn.Module(), graph)
     call_directly(plain)
