@@ -41,7 +41,6 @@ def test_a_graph_is_called_with_what_is_new_in_a_step() -> None:
 def test_what_has_two_graphs_is_left_to_dynamo() -> None:
     keeper, compiled = traced(torch.randn(5, WIDTH), torch.nn.Linear(WIDTH, 512, bias=False))
     with torch.no_grad():
-        compiled(torch.randn(5, WIDTH, requires_grad=True))
         torch.compiler.reset()
         compiled(torch.randn(7, WIDTH))
     assert keeper.forward() is None

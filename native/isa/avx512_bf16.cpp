@@ -8,6 +8,17 @@
 #include "kernels.inl"
 #include "../kernels/attention_bf16.inl"
 
+// The products of one pair of k: pair_at(m), two bf16 of each row, by the N vectors of pairs at b.
+template <int M, int N, class A>
+[[gnu::always_inline]] inline void multiply_add_pair(vec::f32 (&acc)[M][N], const char* b, A pair_at) {
+  __m512bh y[N];
+  KT_UNROLLED (n, N) y[n] = (__m512bh)_mm512_loadu_si512(b + n * 64);
+  KT_UNROLLED (m, M) {
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair_at(m)));
+    KT_UNROLLED (n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], y[n], x);
+  }
+}
+
 struct dot_step {
   using a_type = std::uint32_t;  // two bf16
   static constexpr int a_per_row = 1;
@@ -18,12 +29,7 @@ struct dot_step {
 
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const a_type* a, std::size_t = M) {
-    __m512bh b[N];
-    KT_UNROLLED (n, N) b[n] = (__m512bh)_mm512_loadu_si512(w + n * 64);
-    KT_UNROLLED (m, M) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[m]));
-      KT_UNROLLED (n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], b[n], x);
-    }
+    multiply_add_pair(acc, w, [a](int m) { return a[m]; });
   }
 };
 
@@ -34,25 +40,13 @@ struct bf16_pairs {
 
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* b, const element* a, std::size_t stride) {
-    __m512bh y[N];
-    KT_UNROLLED (n, N) y[n] = (__m512bh)_mm512_loadu_si512(b + n * 64);
-    KT_UNROLLED (m, M) {
-      std::int32_t pair;
-      __builtin_memcpy(&pair, a + m * stride, sizeof pair);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      KT_UNROLLED (n, N) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], y[n], x);
-    }
+    multiply_add_pair(acc, b, [=](int m) { return load_as<std::uint32_t>(a + m * stride); });
   }
 };
 
 constexpr attention_kernels attention_bf16 = {
     2,           sizeof(float),      bf16_unit,       copy_bf16_rows,  pack_bf16_keys,
     pack_values, attend<bf16_pairs>, merge_attention, finish_attention};
-
-constexpr kernel_table with_attention(kernel_table t) {
-  t.attention_bf16 = attention_bf16;
-  return t;
-}
 
 double bf16_arithmetic(std::size_t rounds) {
   return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), vec::zero(), 4.0 * vec::lanes,
@@ -62,7 +56,7 @@ double bf16_arithmetic(std::size_t rounds) {
 }  // namespace
 
 constexpr row_kernels bf16_rows = {2, pack_rows<bf16_block>, activate<bf16_block>};
-const kernel_table kernels = with_attention(table_of<dot_step>(bf16_rows, /*rows_in_bf16=*/true, bf16_arithmetic));
+const kernel_table kernels = table_of<dot_step>(bf16_rows, /*rows_in_bf16=*/true, bf16_arithmetic, attention_bf16);
 
 }  // namespace KT_ISA_NAME
 }  // namespace kt

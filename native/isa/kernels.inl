@@ -22,7 +22,8 @@ inline double int8_arithmetic(std::size_t rounds) {
 }
 
 template <class Step>
-constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*probe)(std::size_t)) {
+constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*probe)(std::size_t),
+                                const attention_kernels& bf16 = attention) {
   kernel_table t{};
   const auto set = [&t](format f, void (*gemm)(const gemm_job&)) { t.gemm[static_cast<int>(f)] = gemm; };
   if (!rows_in_bf16) {
@@ -51,7 +52,7 @@ constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*pr
   t.elementwise = elementwise;
   t.softmax = softmax;
   t.attention = attention;
-  t.attention_bf16 = attention;
+  t.attention_bf16 = bf16;
   t.rows_in_bf16 = rows_in_bf16;
   t.read_bytes = read_bytes;
   t.arithmetic = probe;

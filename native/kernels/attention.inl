@@ -11,20 +11,8 @@ struct fp32_pairs {
     KT_UNROLLED (odd_first, 2) {
       const int k = 1 - odd_first;
       const float* row = reinterpret_cast<const float*>(b) + k * panel_columns;
-      vec::f32 x[M], y[N];
-      if constexpr (M < N) {
-        KT_UNROLLED (m, M) x[m] = vec::set1(a[m * stride + k]);
-        KT_UNROLLED (n, N) {
-          y[n] = vec::load(row + n * vec::lanes);
-          KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], y[n]);
-        }
-      } else {
-        KT_UNROLLED (n, N) y[n] = vec::load(row + n * vec::lanes);
-        KT_UNROLLED (m, M) {
-          x[m] = vec::set1(a[m * stride + k]);
-          KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x[m], y[n]);
-        }
-      }
+      multiply_add(
+          acc, [=](int m) { return a[m * stride + k]; }, [=](int n) { return vec::load(row + n * vec::lanes); });
     }
   }
 };

@@ -41,6 +41,25 @@ struct weights<format::bf16> {  // [K/2][32][2]
   static vec::f32 odd(const char* pair, int v) { return vec::bf16_odd(pair + v * vec::lanes * 4); }
 };
 
+// The products of one k: a_at(m) of each row by b_at(n) of each vector. The fewer of both are held in registers.
+template <int M, int N, class A, class B>
+[[gnu::always_inline]] inline void multiply_add(vec::f32 (&acc)[M][N], A a_at, B b_at) {
+  vec::f32 x[M], b[N];
+  if constexpr (M < N) {
+    KT_UNROLLED (m, M) x[m] = vec::set1(a_at(m));
+    KT_UNROLLED (n, N) {
+      b[n] = b_at(n);
+      KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], b[n]);
+    }
+  } else {
+    KT_UNROLLED (n, N) b[n] = b_at(n);
+    KT_UNROLLED (m, M) {
+      x[m] = vec::set1(a_at(m));
+      KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x[m], b[n]);
+    }
+  }
+}
+
 // How one pair of k is multiplied: packed activations of `a_type`, `a_per_row` of them per row and pair.
 template <format W>
 struct fma_step {
@@ -56,27 +75,8 @@ struct fma_step {
   // `stride`: rows that lie beside each other, of which M are multiplied.
   template <int M, int N>
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* w, const float* a, std::size_t stride = M) {
-    multiply(acc, a + stride, [w](int n) { return weights<W>::odd(w, n); });
-    multiply(acc, a, [w](int n) { return weights<W>::even(w, n); });
-  }
-
-  // The products of one k, with the weights b_at(n) of each vector. The fewer of both factors are held in registers.
-  template <int M, int N, class B>
-  [[gnu::always_inline]] static void multiply(vec::f32 (&acc)[M][N], const float* a, B b_at) {
-    vec::f32 x[M], b[N];
-    if constexpr (M < N) {
-      KT_UNROLLED (m, M) x[m] = vec::set1(a[m]);
-      KT_UNROLLED (n, N) {
-        b[n] = b_at(n);
-        KT_UNROLLED (m, M) vec::accumulate(acc[m][n], x[m], b[n]);
-      }
-    } else {
-      KT_UNROLLED (n, N) b[n] = b_at(n);
-      KT_UNROLLED (m, M) {
-        x[m] = vec::set1(a[m]);
-        KT_UNROLLED (n, N) vec::accumulate(acc[m][n], x[m], b[n]);
-      }
-    }
+    multiply_add(acc, [a, stride](int m) { return a[stride + m]; }, [w](int n) { return weights<W>::odd(w, n); });
+    multiply_add(acc, [a](int m) { return a[m]; }, [w](int n) { return weights<W>::even(w, n); });
   }
 };
 

@@ -71,7 +71,7 @@ template <class Step, format F, bool Own, int M, int N>
   if constexpr (vec::decodes_to_floats) {
     KT_UNROLLED (i, decode.k_step) {
       const int k = i ^ 1;  // odd before even
-      Step::multiply(acc, a + k * stride, [&](int n) { return decode.at(codes, k, n); });
+      multiply_add(acc, [=](int m) { return a[k * stride + m]; }, [&](int n) { return decode.at(codes, k, n); });
     }
   } else {
     alignas(64) char unpacked[decoder<F, Own>::k_step / 2 * Step::pair_bytes];  // in registers, if the compiler can

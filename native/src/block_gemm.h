@@ -50,7 +50,7 @@ class block_gemm {
     distance_ = floats ? here.floats : here.codes;
     near_ = floats ? here.near_floats : 0;
     const bool streams = floats || w.layout().format.kind == format::int4_dyn;
-    stream_rows_ = !streams || !here.stream_alone ? 0 : kernels.rows_in_bf16 && floats ? one_tile : few_rows;
+    if (streams && here.stream_alone) stream_rows_ = floats && kernels.rows_in_bf16 ? bf16_tile : few_rows;
     widen_ = here.widen;
   }
 
@@ -104,12 +104,13 @@ class block_gemm {
   }
 
   static std::size_t sums_bytes() { return l2_bytes() / 4; }
-  static constexpr std::size_t few_rows = 4, one_tile = 12;
+  static constexpr std::size_t few_rows = 4;
+  static constexpr std::size_t bf16_tile = 12;  // rows that AVX512-BF16 holds in registers
 
   void (*const gemm_)(const gemm_job&);
   const packed_weight& w_;
   const std::size_t row_bytes_;
-  std::size_t distance_, near_, stream_rows_;
+  std::size_t distance_, near_, stream_rows_ = 0;
   bool widen_;
 };
 
