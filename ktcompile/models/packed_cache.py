@@ -15,6 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import xxhash
@@ -180,16 +181,12 @@ def key_of(model: Path, weight_format: str) -> str:
     All instruction sets read one layout, so none of them is part of it; the number of memory nodes is.
     ValueError: a file is damaged.
     """
-    import transformers
-
-    import ktcompile
-
     identity = {
         "files": file_facts(model),
         "config": (model / "config.json").read_text(),
         "weight_format": full_name(weight_format),
         "slices": len(_native.numa_nodes()),
-        "versions": [VERSION, _CONTENT, _native.LAYOUT_VERSION, ktcompile.__version__, transformers.__version__],
+        "versions": [VERSION, _CONTENT, _native.LAYOUT_VERSION, version("ktcompile"), version("transformers")],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 

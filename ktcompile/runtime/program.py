@@ -11,7 +11,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.observer import observe
 from ktcompile.ops.threads import native_threads
 from ktcompile.runtime.direct import call_directly
+from ktcompile.runtime.program_record import ProgramRecord
 from ktcompile.runtime.program_steps import ELEMENTS, Builder, UnsupportedError, changes_memory
 
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
@@ -127,29 +128,40 @@ def _may_be_view(node: fx.Node) -> bool:
     return node.op == "call_method" or getattr(node.target, "__name__", "") in _VIEWS
 
 
-class Part:
-    """Nodes that run as one program. inputs: the nodes that it is called with. outputs: those that it returns."""
+class PartRecord(NamedTuple):
+    """A program, and which of a call's arguments are its tensors, its whole and real numbers, its packed layers."""
 
-    def __init__(self, nodes: Sequence[fx.Node], builder: Builder) -> None:
-        inside = set(nodes)
-        self.outputs = [n for n in nodes if any(u not in inside for u in n.users)]
-        if any(n not in builder.arrays for n in self.outputs):
-            raise UnsupportedError("several values that leave it as one")
-        self.inputs = builder.inputs
-        self._tensors = [i for i, n in enumerate(self.inputs) if n in builder.tensor_inputs]
-        self._whole = [self.inputs.index(n) for n in builder.whole_inputs]
-        self._real = [self.inputs.index(n) for n in builder.real_inputs]
-        self._packed = [self.inputs.index(n) for n in builder.packed_inputs]
-        self._program = builder.build(self.outputs)
+    program: ProgramRecord
+    tensors: list[int]
+    whole: list[int]
+    real: list[int]
+    packed: list[int]
+
+    @classmethod
+    def of_json(cls, value: list[Any]) -> PartRecord:
+        """Return the record that JSON has as a list."""
+        program, *arguments = value
+        return cls(ProgramRecord.of_json(program), *arguments)
+
+
+class Part:
+    """Nodes that run as one program. plain: what runs them one by one, where somebody has to see what experts are asked
+    for; None: that cannot be seen."""
+
+    def __init__(self, record: PartRecord, plain: Callable[..., tuple[Tensor, ...]] | None = None) -> None:
+        self.record = record
+        program, self._tensors, self._whole, self._real, self._packed = record
+        self._program = program.program()
         self._bound: list[Callable[[], Any]] = []
-        self._plain = _plain(nodes, self.inputs, self.outputs)
+        self._plain = plain
         self._isa = machine().isa
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
         layers = [_layer(args[i]) for i in self._packed]
         if not self._bind(layers):
-            result: tuple[Tensor, ...] = self._plain(*args)
-            return result
+            if self._plain is None:
+                raise RuntimeError("what experts are asked for cannot be seen in a model that was not traced")
+            return self._plain(*args)
         tensors = [args[i] for i in self._tensors]
         made: list[Tensor] = []
 
@@ -201,15 +213,33 @@ def _view(
     return base.as_strided(shape, strides, offset)
 
 
-def _part(nodes: Sequence[fx.Node]) -> Part | None:
-    builder = Builder(set(nodes))
+class _Nodes(NamedTuple):
+    """What is a part. inputs: what it is called with. outputs: what it returns."""
+
+    part: Part
+    inputs: list[fx.Node]
+    outputs: list[fx.Node]
+
+
+def _part(nodes: Sequence[fx.Node]) -> _Nodes | None:
+    builder, inside = Builder(set(nodes)), set(nodes)
     try:
         for node in nodes:
             builder.add(node)
-        return Part(nodes, builder)
+        outputs = [n for n in nodes if any(u not in inside for u in n.users)]
+        if any(n not in builder.arrays for n in outputs):
+            raise UnsupportedError("several values that leave it as one")
     except UnsupportedError as error:
         logger.debug("a part of a graph runs operation by operation: %s", error)
         return None
+    inputs = builder.inputs
+    numbers = builder.whole_inputs, builder.real_inputs, builder.packed_inputs
+    record = PartRecord(
+        builder.record(outputs),
+        [i for i, n in enumerate(inputs) if n in builder.tensor_inputs],
+        *([inputs.index(n) for n in some] for some in numbers),
+    )
+    return _Nodes(Part(record, _plain(nodes, inputs, outputs)), inputs, outputs)
 
 
 def _plain(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Callable[..., Any]:
@@ -229,13 +259,19 @@ def _plain(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequenc
     return plain.forward
 
 
-def _call(graph: fx.Graph, part: Part, values: dict[fx.Node, fx.Node]) -> None:
+def _call(graph: fx.Graph, nodes: _Nodes, values: dict[fx.Node, fx.Node]) -> None:
     """Add the call of a part to a graph."""
+    results = graph.call_function(function_of(nodes.part), tuple(values[n] for n in nodes.inputs))
+    for i, node in enumerate(nodes.outputs):
+        values[node] = graph.call_function(operator.getitem, (results, i))
+
+
+def function_of(part: Part) -> Callable[..., tuple[Tensor, ...]]:
+    """Return what nodes of a graph call for a part, and have as its `part`."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
         return part(*args)
 
     run.__name__ = run.__qualname__ = f"part_{next(_numbers)}"  # a name that the graph's own code can have
-    results = graph.call_function(run, tuple(values[n] for n in part.inputs))
-    for i, node in enumerate(part.outputs):
-        values[node] = graph.call_function(operator.getitem, (results, i))
+    run.part = part  # type: ignore[attr-defined]
+    return run

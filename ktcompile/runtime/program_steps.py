@@ -14,6 +14,7 @@ from ktcompile import _native
 from ktcompile._native import ElementOp, Opcode
 from ktcompile.graph.shapes import same_sizes
 from ktcompile.quant import FLOAT_DTYPES
+from ktcompile.runtime.program_record import ProgramRecord, Step
 
 ELEMENTS = {
     torch.float32: _native.Element.f32,
@@ -63,15 +64,15 @@ class Builder:
             raise UnsupportedError(str(node.target))
         handler(self, node)
 
-    def build(self, outputs: Sequence[fx.Node]) -> _native.Program:
-        """Return the program whose results are the arrays of `outputs`."""
-        program = _native.Program([ELEMENTS[_value(n).dtype] for n in self.tensor_inputs])
+    def record(self, outputs: Sequence[fx.Node]) -> ProgramRecord:
+        """Return what makes the program whose results are the arrays of `outputs`."""
         numbers: dict[Any, int] = {("in", i): i for i in range(len(self.tensor_inputs))}
-        for step, (op, arrays, outs, whole, real, packed) in enumerate(self._steps):
-            first = program.add(op, [numbers[a] for a in arrays], outs, whole, real, packed)
-            numbers.update({(step, i): first + i for i in range(outs)})
-        program.finish([numbers[self.arrays[n]] for n in outputs])
-        return program
+        steps = []
+        for place, (op, arrays, outs, whole, real, packed) in enumerate(self._steps):
+            steps.append(Step(op.name, [numbers[a] for a in arrays], outs, whole, real, packed))
+            numbers |= {(place, i): len(numbers) + i for i in range(outs)}
+        arguments = [ELEMENTS[_value(n).dtype].name for n in self.tensor_inputs]
+        return ProgramRecord(arguments, steps, [numbers[self.arrays[n]] for n in outputs])
 
     def step(
         self,

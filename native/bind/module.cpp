@@ -98,6 +98,7 @@ using attention_scales = std::tuple<attention_place, std::size_t>;
 kt::attention_scales view(const attention_scales& s) { return {view(std::get<0>(s)), std::get<1>(s)}; }
 
 using place = std::tuple<std::uintptr_t, std::size_t>;  // (address, bytes)
+place of_region(const kt::region& r) { return {reinterpret_cast<std::uintptr_t>(r.data), r.bytes}; }
 
 void check_expert(const kt::experts& e, int expert) {
   if (expert < 0 || expert >= e.shape.num_experts)
@@ -296,8 +297,7 @@ NB_MODULE(_native, m) {
           "memory",
           [](const kt::experts& self) {
             std::vector<place> all;
-            for (const kt::region& r : self.memory())
-              all.emplace_back(reinterpret_cast<std::uintptr_t>(r.data), r.bytes);
+            for (const kt::region& r : self.memory()) all.push_back(of_region(r));
             return all;
           },
           "(address, bytes) of all experts: of each slice gate_up, its bias, down, its bias; (0, 0) for none.")
@@ -359,6 +359,24 @@ NB_MODULE(_native, m) {
             self.weight.unpack(head, view(weight, type, {0, std::get<0>(s), std::get<1>(s)}));
           },
           "weight"_a, "strides"_a, "type"_a, "head"_a = 0, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro(
+          "memory",
+          [](const packed_linear& self) {
+            return std::vector<place>{of_region(self.weight.memory()), of_region(self.weight.bias_memory())};
+          },
+          "(address, bytes) of the weight and of its bias; (0, 0) for none.")
+      .def(
+          "map",
+          [](packed_linear& self, const std::vector<place>& memory, const nb::object&) {
+            const std::size_t bias = self.heads * self.weight.panels() * kt::panel_columns * sizeof(float);
+            if (memory.size() != 2 || std::get<1>(memory[0]) != self.weight.memory().bytes ||
+                (std::get<1>(memory[1]) != 0 && std::get<1>(memory[1]) != bias)) {
+              throw std::invalid_argument("the memory to map is not as long as this layer is");
+            }
+            self.weight.map(address<void>(std::get<0>(memory[0])), address<void>(std::get<0>(memory[1])));
+          },
+          "memory"_a, "owner"_a, nb::keep_alive<1, 3>(),
+          "Reads the weight from memory as `memory` returned it, which `owner` holds, and never writes to it.")
       .def_prop_ro("nbytes", [](const packed_linear& self) { return self.weight.bytes(); });
 
   m.def(
