@@ -192,6 +192,15 @@ class Linear:
     def unpack(self, weight: int, strides: tuple[int, int], type: DType, head: int = 0) -> None: ...
 
     @property
+    def memory(self) -> list[tuple[int, int]]:
+        """(address, bytes) of the weight and of its bias; (0, 0) for none."""
+
+    def map(self, memory: Sequence[tuple[int, int]], owner: object) -> None:
+        """
+        Reads the weight from memory as `memory` returned it, which `owner` holds, and never writes to it.
+        """
+
+    @property
     def nbytes(self) -> int: ...
 
 def use_openmp(parallel: int, thread: int, threads: int, most_threads: int) -> None: ...

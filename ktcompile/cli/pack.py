@@ -178,6 +178,7 @@ def _record(entry: Entry) -> dict[str, object]:
         "path": str(entry.path),
         "model": entry.model,
         "weight_format": entry.weight_format,
+        "kind": entry.kind,
         "bytes": entry.size,
         "written": entry.written,
         "problem": entry.problem,
@@ -191,7 +192,8 @@ def _print(args: argparse.Namespace, cache: PackedCache, records: list[dict[str,
     for r in records:
         state = f"DAMAGED: {r['problem']}" if r["problem"] else "whole" if args.verify else ""
         size = human(float(str(r["bytes"])))
-        print(f"{verb}{str(r['key'])[:12]}  {size:>10}  {r['weight_format']!s:11}  {r['model']}  {state}".rstrip())
+        what = f"step of {r['weight_format']}" if r["kind"] == "step" else str(r["weight_format"])
+        print(f"{verb}{str(r['key'])[:12]}  {size:>10}  {what:15}  {r['model']}  {state}".rstrip())
     total = sum(int(str(r["bytes"])) for r in records)
     print(f"{verb}{len(records)} packed models, {human(total)}, in {cache.folder}")
     return 0

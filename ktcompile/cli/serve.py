@@ -103,8 +103,8 @@ def make_app(
     from transformers.utils import logging as hf_logging
 
     from ktcompile.engine.engine import Engine
-    from ktcompile.models.hf_experts import formats, token_counts
     from ktcompile.models.placed import expert_metrics
+    from ktcompile.ops.experts import formats, token_counts
     from ktcompile.runtime.metrics import ExpertMetrics
     from ktcompile.server.app import create_app
     from ktcompile.server.status import ModelFacts
@@ -114,17 +114,13 @@ def make_app(
         engine = Engine(model, engine_options, note=note)
 
     def experts() -> ExpertMetrics | None:
-        return None if engine_options.device == "none" else expert_metrics(engine.model)
+        return None if engine_options.device == "none" or engine.model is None else expert_metrics(engine.model)
 
     def facts() -> ModelFacts:
-        found = " and ".join(formats(engine.model))
-        return ModelFacts(found or None, engine_options.block_size, token_counts(engine.model))
+        layers = engine.experts
+        return ModelFacts(" and ".join(formats(layers)) or None, engine_options.block_size, token_counts(layers))
 
-    settings = engine.model.generation_config
-    chosen: dict[str, Any] = settings.to_diff_dict() if settings is not None else {}
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    defaults = {name: chosen[name] for name in names if name in chosen}
-    return create_app(engine, options, defaults=defaults, expert_metrics=experts, facts=facts)
+    return create_app(engine, options, defaults=engine.summary.sampling, expert_metrics=experts, facts=facts)
 
 
 @contextmanager

@@ -13,9 +13,11 @@ from torch import Tensor
 from ktcompile.cache.key import child, root
 from ktcompile.cache.rates import Rates
 from ktcompile.cache.transfer import BlockMemory
+from ktcompile.engine import kept_step
 from ktcompile.engine.answers import Answer, Delta, ServedRequest
 from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
+from ktcompile.engine.kept_step import KeptStepError
 from ktcompile.engine.namespace import namespace_of, weights_of
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import FinishReason, Logprobs
@@ -23,11 +25,14 @@ from ktcompile.engine.receipt import receipt_of
 from ktcompile.engine.runner import ModelRunner
 from ktcompile.engine.sampler import NotFiniteError, Sampled, SamplingState, sample
 from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.engine.summary import ModelSummary
 from ktcompile.engine.tiers import open_tiers
 from ktcompile.kv.block_pool import BlockPool
 from ktcompile.log import logger, tell
 from ktcompile.models.load import load, locate
+from ktcompile.models.packed_cache import AUTO
 from ktcompile.models.tokenizer import load_tokenizer
+from ktcompile.ops.experts import PackedExperts
 from ktcompile.runtime.placing import without_new_profile
 from ktcompile.scheduler.batch import Step
 from ktcompile.scheduler.behind import Behind
@@ -69,7 +74,8 @@ class EngineStats(NamedTuple):
 class Engine:
     """A model that serves many requests. One thread calls `add`, `abort` and `step`.
 
-    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. note: is told what happens while it starts,
+    model: as of `ktcompile.LLM`; `Engine.of_model` takes one in memory. packed_cache: as of `ktcompile.load`, where
+    also the step is kept that a start has traced, for the next one. note: is told what happens while it starts,
     which takes some seconds. UnsupportedModelError: the model cannot run over blocks. Other errors are those of
     `ktcompile.load`, and ValueError: an option cannot be used.
     """
@@ -79,15 +85,21 @@ class Engine:
         model: str | Path | None = None,
         options: EngineOptions | None = None,
         *,
+        packed_cache: str | Path | None = AUTO,
         note: Callable[[str], None] = tell,
     ) -> None:
         options = options or EngineOptions()
         name = locate(model)
         tokenizer = load_tokenizer(name)
-        device = without_new_profile(options).device_options()
-        note("loading the model")
-        loaded = load(name, weight_format=options.weight_format, **device)
-        self._begin(loaded, tokenizer, name, options, time.monotonic, weights_of(name, options), note)
+        weights = weights_of(name, options)
+        runner = _continued(name, options, packed_cache, note)
+        if runner is None:
+            device = without_new_profile(options).device_options()
+            note("loading the model")
+            loaded = load(name, weight_format=options.weight_format, packed_cache=packed_cache, **device)
+            runner = ModelRunner(loaded, options, note)
+            kept_step.keep(runner, name, options, packed_cache)
+        self._begin(runner, tokenizer, name, options, time.monotonic, weights, note)
 
     @classmethod
     def of_model(
@@ -104,12 +116,35 @@ class Engine:
         """Return an engine of a model in memory, whose weights it takes. clock: what deadlines are by, in seconds.
         weights: what names them, and no other model's; None: what is kept on disk is of no use to other engines."""
         self = cls.__new__(cls)
-        self._begin(model, tokenizer, name, options or EngineOptions(), clock, weights, note)
+        options = options or EngineOptions()
+        self._begin(ModelRunner(model, options, note), tokenizer, name, options, clock, weights, note)
         return self
+
+    @classmethod
+    def continued(
+        cls,
+        name: str,
+        tokenizer: Any,
+        options: EngineOptions,
+        packed_cache: str | Path | None = AUTO,
+        note: Callable[[str], None] = tell,
+    ) -> Engine | None:
+        """Return an engine of the step that an earlier start of a model kept, None if none did. name: as of
+        `ktcompile.models.load.locate`."""
+        runner = _continued(name, options, packed_cache, note)
+        if runner is None:
+            return None
+        self = cls.__new__(cls)
+        self._begin(runner, tokenizer, name, options, time.monotonic, weights_of(name, options), note)
+        return self
+
+    def keep(self, options: EngineOptions, packed_cache: str | Path | None = AUTO) -> None:
+        """Keep the step for `continued`. The model is as `ktcompile.load` returned it but for what the engine did."""
+        kept_step.keep(self._runner, self.model_name, options, packed_cache)
 
     def _begin(
         self,
-        model: PreTrainedModel,
+        runner: ModelRunner,
         tokenizer: Any,
         name: str,
         options: EngineOptions,
@@ -119,12 +154,11 @@ class Engine:
     ) -> None:
         self.model_name = name
         self.tokenizer = tokenizer
-        self.model = model
-        self.vocab_size = int(model.get_input_embeddings().get_parameter("weight").shape[0])
-        self._runner = ModelRunner(model, options, note)
+        self.vocab_size = runner.summary.vocab_size
+        self._runner = runner
         self.max_model_len = self._runner.max_model_len
         self.namespace = namespace_of(
-            model,
+            runner.summary,
             tokenizer,
             options,
             self._runner.kv_format.name,
@@ -147,6 +181,21 @@ class Engine:
         self._ended: list[Delta] = []  # between steps
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self.last_step: Step | None = None  # what the last `step` computed
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model; None where the step of an earlier start is run."""
+        return self._runner.model
+
+    @property
+    def summary(self) -> ModelSummary:
+        """What is known of the model."""
+        return self._runner.summary
+
+    @property
+    def experts(self) -> list[list[PackedExperts]]:
+        """The packed forms of each layer of experts."""
+        return self._runner.experts
 
     @property
     def has_requests(self) -> bool:
@@ -176,7 +225,7 @@ class Engine:
         prompt_ids = [int(token) for token in prompt_token_ids]
         limit = self._limit(prompt_ids, params)
         parent = root(self.namespace, cache_salt, self._secret) if self._caches else None
-        ends = end_tokens(self.model)
+        ends = self.summary.end_tokens if self.model is None else end_tokens(self.model)
         request = ServedRequest(request_id, prompt_ids, params)
         for index in range(params.n):
             completion = Completion(params, self.tokenizer, prompt_ids, ends, limit, index)
@@ -371,6 +420,21 @@ class Engine:
                 f"the prompt has {len(prompt_ids)} tokens; the model has {self.max_model_len} positions"
             )
         return left if params.max_tokens is None else min(left, params.max_tokens)
+
+
+def _continued(
+    name: str, options: EngineOptions, packed_cache: str | Path | None, note: Callable[[str], None]
+) -> ModelRunner | None:
+    """Return what runs the step that an earlier start kept, None if there is none, with a warning if it is no good."""
+    kept = kept_step.find(name, options, packed_cache)
+    if kept is None:
+        return None
+    note("going on with the step that an earlier start traced")
+    try:
+        return ModelRunner.of_kept(kept, options, note)
+    except KeptStepError as error:
+        logger.warning("the kept step of %s is not used, and replaced: %s", name, error)
+        return None
 
 
 def _sample(logits: Tensor, states: Sequence[SamplingState]) -> Sequence[Sampled | None]:

@@ -17,6 +17,7 @@ from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import RequestOutput
 from ktcompile.engine.probe import UnsupportedModelError
 from ktcompile.engine.sampling_params import SamplingParams
+from ktcompile.engine.summary import ModelSummary
 from ktcompile.log import logger
 from ktcompile.models import hf_experts, placed
 from ktcompile.models.load import load, locate
@@ -27,6 +28,7 @@ from ktcompile.runtime.placing import without_new_profile
 from ktcompile.runtime.recording import Recording
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
     from typing_extensions import Self
 
 # A text, {"prompt": text}, or {"prompt_token_ids": [...]}.
@@ -45,8 +47,8 @@ class LLM:
     `ktcompile.engine.options.EngineOptions`, as weight_format, max_num_seqs, kv_format and device; the file of
     routing_profile need not exist, and what routers choose is added to it. Both files are written at the end of each
     `generate`, whose prompts are then computed one after the other. So are they where the engine cannot run the model.
-    `model` serves its engine: its weights are packed, and plain calls of it read NaN. Errors are those of
-    `ktcompile.load`.
+    `model` serves its engine: its weights are packed, and plain calls of it read NaN. It is None where the engine goes
+    on with the step that an earlier start kept in the cache. Errors are those of `ktcompile.load`.
     """
 
     def __init__(
@@ -64,16 +66,22 @@ class LLM:
             given = replace(given, max_num_seqs=1)
         name = locate(model)
         self.tokenizer = load_tokenizer(name)
+        self._numbers = itertools.count()
+        self.model: PreTrainedModel | None = None
+        # What is to be recorded only a model shows.
+        self._engine = None if trace is not None else Engine.continued(name, self.tokenizer, given, packed_cache)
+        if self._engine is not None:
+            return
         device = without_new_profile(given).device_options()
         self.model = load(name, weight_format=given.weight_format, packed_cache=packed_cache, **device)
         self._recording.check(hf_experts.shape(self.model))
-        self._numbers = itertools.count()
-        self._engine: Engine | None = None
         try:
             weights = weights_of(name, given)
             self._engine = Engine.of_model(self.model, self.tokenizer, given, name=name, weights=weights)
         except UnsupportedModelError as error:
             logger.warning("prompts are computed one after the other: %s", error)
+            return
+        self._engine.keep(given, packed_cache)
 
     def generate(
         self,
@@ -111,11 +119,21 @@ class LLM:
 
     def expert_metrics(self) -> ExpertMetrics:
         """Return where the model's experts are and what they did. ValueError: they are not on a device."""
+        if self.model is None:
+            raise ValueError("no expert of the model was given to a device")
         return placed.expert_metrics(self.model)
 
     @property
     def _vocabulary(self) -> int:
-        return self.model.get_input_embeddings().get_parameter("weight").shape[0]
+        if self._engine is not None:
+            return self._engine.vocab_size
+        return ModelSummary.of_model(self._alone).vocab_size
+
+    @property
+    def _alone(self) -> PreTrainedModel:
+        """The model where there is no engine."""
+        assert self.model is not None
+        return self.model
 
     def _tokens_of(self, prompt: Prompt) -> _Tokens:
         text: object = prompt if isinstance(prompt, str) else prompt.get("prompt")
@@ -152,7 +170,7 @@ class LLM:
         return [each.output() for each in collected.values()]
 
     def _answer_alone(self, prompt: str | None, prompt_ids: list[int], params: SamplingParams) -> RequestOutput:
-        answers, of_prompt = answer_alone(self.model, self.tokenizer, prompt_ids, params)
+        answers, of_prompt = answer_alone(self._alone, self.tokenizer, prompt_ids, params)
         return RequestOutput(str(next(self._numbers)), prompt, prompt_ids, answers, True, prompt_logprobs=of_prompt)
 
 

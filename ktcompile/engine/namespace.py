@@ -6,31 +6,27 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import astuple
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from typing import Any
 
 import torch
-import transformers
 
 import ktcompile
 from ktcompile import _native
 from ktcompile.cache.key import Namespace
 from ktcompile.engine.options import EngineOptions
+from ktcompile.engine.summary import ModelSummary, text
 from ktcompile.kv.layout import LayerKV
 from ktcompile.machine import machine
 from ktcompile.models.load import folder_of
 from ktcompile.models.packed_cache import file_facts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 # Goes up when kernels give other bits for the same tokens.
 _NUMERICS = 1
-# Of a model's configuration: where it came from.
-_NOT_OF_NUMBERS = ("_name_or_path", "transformers_version")
 
 
 def namespace_of(
-    model: PreTrainedModel,
+    summary: ModelSummary,
     tokenizer: Any,
     options: EngineOptions,
     kv_format: str,
@@ -42,13 +38,12 @@ def namespace_of(
 
     All of the configuration counts as how attention computes: what of it does not is the same wherever weights are.
     """
-    config = {k: v for k, v in model.config.get_text_config().to_dict().items() if k not in _NOT_OF_NUMBERS}
     arithmetic = {
         "version": _NUMERICS,
-        "releases": [ktcompile.__version__, torch.__version__, transformers.__version__],
+        "releases": [ktcompile.__version__, torch.__version__, version("transformers")],
         "layout": _native.LAYOUT_VERSION,
         "isa": machine().isa,
-        "dtype": str(model.dtype),
+        "dtype": summary.dtype,
         "formats": [options.weight_format, options.dense_format],
         "eager": options.eager,
         "device": options.device,
@@ -60,8 +55,8 @@ def namespace_of(
         kv_format=kv_format,
         layout=json.dumps([astuple(layer) for layer in layers]),
         block_size=options.block_size,
-        attention=_text(config),
-        numerics=_text(arithmetic),
+        attention=summary.config,
+        numerics=text(arithmetic),
     )
 
 
@@ -75,20 +70,18 @@ def weights_of(name: str, options: EngineOptions) -> str | None:
     files = file_facts(folder)
     if not files:
         return None
-    return hashlib.sha256(_text([files, (folder / "config.json").read_text()]).encode()).hexdigest()
-
-
-def _text(facts: object) -> str:
-    return json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text([files, (folder / "config.json").read_text()]).encode()).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
     """Return the digest of what a tokenizer is; of one that is none of transformers' the name of its class."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
     kind = type(tokenizer)
-    if isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
-        text = tokenizer.backend_tokenizer.to_str()
-    elif isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-        text = _text(tokenizer.get_vocab())
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        digested = tokenizer.backend_tokenizer.to_str()
+    elif isinstance(tokenizer, PreTrainedTokenizerBase):
+        digested = text(tokenizer.get_vocab())
     else:
-        text = f"{kind.__module__}.{kind.__qualname__}"
-    return hashlib.sha256(text.encode()).hexdigest()
+        digested = f"{kind.__module__}.{kind.__qualname__}"
+    return hashlib.sha256(digested.encode()).hexdigest()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ktcompile.backend import kt
+from ktcompile.engine.step_graph import FromStep, StepGraph
 from ktcompile.runtime.executable import Executable
 
 
@@ -25,34 +26,38 @@ class TracedStep:
 
     def __init__(self, step: Sequence[Tensor]) -> None:
         self._step = step
-        self._graphs = 0
-        self._call: Callable[..., Any] | None = None
-        self._given: list[Any] = []
-        self._from_step: list[tuple[int, int, int | None]] = []  # place, which tensor, which of its sizes
+        self._graphs: list[StepGraph | None] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         compiled = kt(gm, example_inputs, **options)
-        self._graphs += 1
-        if not isinstance(compiled, Executable):
-            return compiled
-        self._call, kept = compiled.with_layers_of(example_inputs)
+        self._graphs.append(self._graph_of(compiled, gm, example_inputs) if isinstance(compiled, Executable) else None)
+        return compiled
+
+    def graph(self) -> StepGraph | None:
+        """Return the one graph that there is, or None if it cannot be called by itself."""
+        return self._graphs[0] if len(self._graphs) == 1 else None
+
+    def _graph_of(self, compiled: Executable, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> StepGraph | None:
+        alone = compiled.with_layers_of(example_inputs)
+        if alone is None:
+            return None
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         sizes = self._sizes(placeholders, example_inputs)
-        for place, i in enumerate(kept):
-            given = example_inputs[i]
-            self._given.append(None)
+        given: list[Any] = [None] * len(alone.kept)
+        from_step: list[FromStep] = []
+        for place, i in enumerate(alone.kept):
+            value = example_inputs[i]
             if not placeholders[i].users:  # as where tensors begin in their memory
                 continue
-            if isinstance(given, torch.SymInt):
-                if (size := sizes.get(given.node.expr)) is None:
-                    self._call = None
-                    break
-                self._from_step.append((place, *size))
-            elif (which := self._which(given)) is not None:
-                self._from_step.append((place, which, None))
+            if isinstance(value, torch.SymInt):
+                if (size := sizes.get(value.node.expr)) is None:
+                    return None
+                from_step.append(FromStep(place, *size))
+            elif (which := self._which(value)) is not None:
+                from_step.append(FromStep(place, which, None))
             else:
-                self._given[place] = given
-        return compiled
+                given[place] = value
+        return StepGraph(alone.inner, given, tuple(from_step), alone.layers, alone.graph)
 
     def _which(self, given: Any) -> int | None:
         return next((k for k, tensor in enumerate(self._step) if tensor is given), None)
@@ -68,18 +73,3 @@ class TracedStep:
                 if isinstance(size, torch.SymInt):
                     found.setdefault(size.node.expr, (which, dim))
         return found
-
-    def forward(self) -> Callable[..., Tensor] | None:
-        """Return what computes a step by the one graph that there is, or None if it cannot be called by itself."""
-        call, given, from_step = self._call, self._given, tuple(self._from_step)
-        if call is None or self._graphs != 1:
-            return None
-
-        def forward(*step: Tensor) -> Tensor:
-            now = given.copy()
-            for place, which, dim in from_step:
-                now[place] = step[which] if dim is None else step[which].shape[dim]
-            (result,) = call(*now)
-            return result  # type: ignore[no-any-return]
-
-        return forward

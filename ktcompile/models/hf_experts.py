@@ -96,6 +96,11 @@ def is_packed(module: nn.Module) -> bool:
     return _HANDLE in module._buffers and _is_absent(module.down_proj)  # type: ignore[arg-type]
 
 
+def handle(module: nn.Module) -> torch.Tensor:
+    """Return what stands for a module's packed experts in graphs. Only if `is_packed`."""
+    return module.get_buffer(_HANDLE)
+
+
 def absent(module: nn.Module) -> list[str]:
     """Return the names of those tensors of a module that hold nothing by themselves, since `adopt` was called."""
     return [*(name for name in _facts(module)[1][:2] if name is not None), _HANDLE] if is_packed(module) else []
@@ -116,28 +121,16 @@ def shape(model: nn.Module) -> tuple[int, int]:
 def packed_forms(module: nn.Module) -> list[PackedExperts]:
     """Return the packed experts of a module: those that `adopt` was given, or all that its weights were packed to."""
     if is_packed(module):
-        return [from_handle(module.get_buffer(_HANDLE))]
+        return [from_handle(handle(module))]
     _, names, reason = _facts(module)
     assert not reason
     return expert_store().find_all(_weights(module, names))
 
 
-def token_counts(model: nn.Module) -> list[list[int]]:
-    """Return how many tokens each expert of each packed layer was given, since it was packed."""
-    forms = [packed_forms(module) for module in experts_modules(model)]
-    return [[sum(of_one) for of_one in zip(*(f.native.tokens for f in layer), strict=True)] for layer in forms if layer]
-
-
-def formats(model: nn.Module) -> list[str]:
-    """Return the names of the formats that a model's experts are packed in, in order of their layers."""
-    forms = [form for module in experts_modules(model) for form in packed_forms(module)]
-    return list(dict.fromkeys(form.format.name for form in forms))
-
-
 def packed(module: nn.Module) -> PackedExperts:
     """Return what the implementation "kt" runs for a module, packed now if it was not."""
     if is_packed(module):
-        return from_handle(module.get_buffer(_HANDLE))
+        return from_handle(handle(module))
     spec, names, reason = _facts(module)
     assert not reason
     return expert_store().get(_weights(module, names), ExpertsSpec.decode(spec))

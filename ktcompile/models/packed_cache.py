@@ -38,7 +38,8 @@ _WORTH_IT = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file of the cache. problem: why it cannot be read, else None; then model and weight_format are "?"."""
+    """A file of the cache. problem: why it cannot be read, else None; then model and weight_format are "?". kind:
+    "weights", of a packed model, or "step", of an engine of one."""
 
     key: str
     path: Path
@@ -47,6 +48,7 @@ class Entry:
     size: int
     written: float
     problem: str | None
+    kind: str = "weights"
 
 
 class PackedCache:
@@ -146,7 +148,8 @@ class PackedCache:
             return None
         file.close()
         header = file.header
-        return Entry(key, path, header["model"], header["weight_format"], facts.st_size, facts.st_mtime, None)
+        what = header["model"], header["weight_format"], facts.st_size, facts.st_mtime
+        return Entry(key, path, *what, None, header.get("kind", "weights"))
 
 
 def cache_for(option: str | Path | None, model: Path) -> PackedCache | None:
@@ -181,12 +184,14 @@ def key_of(model: Path, weight_format: str) -> str:
     All instruction sets read one layout, so none of them is part of it; the number of memory nodes is.
     ValueError: a file is damaged.
     """
+    import ktcompile
+
     identity = {
         "files": file_facts(model),
         "config": (model / "config.json").read_text(),
         "weight_format": full_name(weight_format),
         "slices": len(_native.numa_nodes()),
-        "versions": [VERSION, _CONTENT, _native.LAYOUT_VERSION, version("ktcompile"), version("transformers")],
+        "versions": [VERSION, _CONTENT, _native.LAYOUT_VERSION, ktcompile.__version__, version("transformers")],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 

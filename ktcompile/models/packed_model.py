@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,8 @@ from ktcompile.models.packed_file import PackedFile, PackedFileError, PackedFile
 from ktcompile.models.stored_model import reader_of
 from ktcompile.models.tensor_files import DTYPES
 from ktcompile.ops.experts import MappedExperts, PackedExperts
-from ktcompile.quant import FORMATS, full_name
+from ktcompile.ops.spec import ExpertsSpec
+from ktcompile.quant import FORMATS, WeightFormat, full_name
 
 if TYPE_CHECKING:
     import mmap
@@ -97,12 +98,38 @@ def store(
 
 
 def payloads(header: dict[str, Any]) -> Iterator[tuple[str, Payload]]:
-    """Yield all payloads of a file, each with the name of what it is."""
+    """Yield all payloads of a file, each with the name of what it is. The files of kept steps have linear layers."""
     for record in header["tensors"]:
         yield record["names"][0], Payload(*record["payload"])
-    for path, record in header["experts"].items():
+    for path, record in (*header["experts"].items(), *header.get("linear", {}).items()):
         for payload in record["memory"]:
             yield path, Payload(*payload)
+
+
+def open_parts(
+    file: PackedFile, names: Iterable[str], experts: dict[str, ExpertsSpec]
+) -> tuple[dict[str, torch.Tensor], dict[str, PackedExperts]]:
+    """Return some of the tensors that `store` wrote, and the experts of modules, by their paths, without a model.
+
+    experts: what is known of those of each module. Nothing else of the file is read. PackedFileError: something is not
+    there, or damaged.
+    """
+    header, memory, wanted = file.header, file.map(), set(names)
+    records = [record for record in header["tensors"] if wanted.intersection(record["names"])]
+    missing = wanted.difference(name for record in records for name in record["names"])
+    missing.update(path for path in experts if path not in header["experts"])
+    if missing:
+        raise PackedFileError(f"it does not have {min(missing)}")
+    known = {path: header["experts"][path] for path in experts}
+    _verify(file, memory, {"tensors": records, "experts": known, "plain_end": header["plain_end"]})
+    private = file.map_private(header["plain_end"])
+    tensors = {name: tensor for record in records for name, tensor in _tensors(record, private).items()}
+    begin, owner = address_of(memory)
+    layers = {}
+    for path, record in known.items():
+        layers[path] = _experts(record, begin, owner, [], experts[path], path)
+        layers[path].first_call = None
+    return {name: tensors[name] for name in wanted}, layers
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -131,7 +158,7 @@ def _write_tensors(writer: PackedFileWriter, model: nn.Module) -> tuple[list[dic
 
 def _write_experts(writer: PackedFileWriter, module: nn.Module) -> dict[str, Any]:
     packed = hf_experts.packed(module)
-    memory = [writer.add(_bytes_at(*place)).record() for place in packed.native.memory]
+    memory = [writer.add(bytes_at(*place)).record() for place in packed.native.memory]
     return {
         "shape": [packed.num_experts, packed.hidden_size, packed.intermediate_size],
         "format": packed.format.name,
@@ -140,14 +167,13 @@ def _write_experts(writer: PackedFileWriter, module: nn.Module) -> dict[str, Any
     }
 
 
-def _bytes_at(address: int, size: int) -> memoryview:
+def bytes_at(address: int, size: int) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(address) if size else b"").cast("B")
 
 
 def _read(file: PackedFile, folder: Path, weight_format: str) -> PreTrainedModel:
     header, memory = file.header, file.map()
-    large = file.size > _CHECKED * machine().memory_bytes
-    verify(memory, ((n, p) for n, p in payloads(header) if not large or p.offset < header["plain_end"]))
+    _verify(file, memory, header)
     model = _without_weights(folder, DTYPES[header["dtype"]])
     if reader_of(folder) is None:
         hf_experts.configure(model, weight_format)
@@ -160,10 +186,7 @@ def _read(file: PackedFile, folder: Path, weight_format: str) -> PreTrainedModel
         module = model.get_submodule(path)
         biases = [None if n is None else module.get_parameter(n).detach() for n in facts[path].parameters[2:]]
         spec = replace(facts[path].spec, transposed=False, weight_format=weight_format)
-        try:
-            experts = PackedExperts.mapped(_mapped(record, begin, owner), biases, spec, path)
-        except ValueError as error:
-            raise PackedFileError(f"{path}: {error}") from error
+        experts = _experts(record, begin, owner, biases, spec, path)
         # The check of first calls is of kernels: what they read was checked when it was packed, and has checksums.
         kind = spec, experts.format.name, record["scale"], tuple(record["shape"])
         if kind in kinds:
@@ -191,12 +214,7 @@ def _give_tensors(model: nn.Module, header: dict[str, Any], packed: set[str], me
     some are missing."""
     given: dict[str, torch.Tensor] = {}
     for record in header["tensors"]:
-        offset, size, _ = record["payload"]
-        dtype, shape = DTYPES[record["dtype"]], record["shape"]
-        tensor = torch.empty(shape, dtype=dtype)
-        if size:
-            tensor = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(dtype).view(shape)
-        given |= dict.fromkeys(record["names"], tensor)
+        given |= _tensors(record, memory)
     parameters: dict[int, nn.Parameter] = {}  # what is shared is one object
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -209,6 +227,22 @@ def _give_tensors(model: nn.Module, header: dict[str, Any], packed: set[str], me
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = _fitting(given, prefix + name, buffer)
+
+
+def _tensors(record: dict[str, Any], memory: mmap.mmap) -> dict[str, torch.Tensor]:
+    """Return the tensor of a record, which lies in `memory`, by each of its names."""
+    offset, size, _ = record["payload"]
+    dtype, shape = DTYPES[record["dtype"]], record["shape"]
+    tensor = torch.empty(shape, dtype=dtype)
+    if size:
+        tensor = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(dtype).view(shape)
+    return dict.fromkeys(record["names"], tensor)
+
+
+def _verify(file: PackedFile, memory: mmap.mmap, header: dict[str, Any]) -> None:
+    """Read the payloads of a header, of a file of which that is much of the RAM only plain tensors. PackedFileError."""
+    large = file.size > _CHECKED * machine().memory_bytes
+    verify(memory, ((n, p) for n, p in payloads(header) if not large or p.offset < header["plain_end"]))
 
 
 def _fitting(given: dict[str, torch.Tensor], name: str, old: torch.Tensor) -> torch.Tensor:
@@ -224,11 +258,33 @@ def _facts(module: nn.Module) -> ExpertsFacts:
     return facts
 
 
-def _mapped(record: dict[str, Any], begin: int, owner: object) -> MappedExperts:
-    """Return experts in the memory of a file, which begins at an address."""
+def _experts(
+    record: dict[str, Any],
+    begin: int,
+    owner: object,
+    biases: Sequence[torch.Tensor | None],
+    spec: ExpertsSpec,
+    path: str,
+) -> PackedExperts:
+    """Return experts in the memory of a file, which begins at an address. PackedFileError."""
+    stored, native = formats_of(record)
+    places = places_in(begin, record["memory"])
+    try:
+        return PackedExperts.mapped(
+            MappedExperts(tuple(record["shape"]), stored, native, places, owner), biases, spec, path
+        )
+    except ValueError as error:
+        raise PackedFileError(f"{path}: {error}") from error
+
+
+def formats_of(record: dict[str, Any]) -> tuple[WeightFormat, _native.Format]:
+    """Return the format of a packed layer, and what the kernels are told of it."""
     stored = FORMATS[record["format"]]
     scale = getattr(_native.ScaleType, record["scale"])
     layout = getattr(_native.Layout, stored.layout)
-    native = _native.Format(layout, stored.group_size or 0, scale, stored.has_zero_points)
-    places = [(begin + offset, size) if size else (0, 0) for offset, size, _ in record["memory"]]
-    return MappedExperts(tuple(record["shape"]), stored, native, places, owner)
+    return stored, _native.Format(layout, stored.group_size or 0, scale, stored.has_zero_points)
+
+
+def places_in(begin: int, memory: Sequence[Sequence[Any]]) -> list[tuple[int, int]]:
+    """Return where payloads lie in the memory of a file, which begins at an address: addresses and bytes."""
+    return [(begin + offset, size) if size else (0, 0) for offset, size, _ in memory]

@@ -259,6 +259,18 @@ def pack_experts(
     return PackedExperts(gate_up_proj, down_proj, gate_up_bias, down_bias, spec, name)
 
 
+def token_counts(layers: Sequence[Sequence[PackedExperts]]) -> list[list[int]]:
+    """Return how many tokens each expert of each layer was given, since it was packed. layers: the forms of each."""
+    return [
+        [sum(of_one) for of_one in zip(*(f.native.tokens for f in layer), strict=True)] for layer in layers if layer
+    ]
+
+
+def formats(layers: Sequence[Sequence[PackedExperts]]) -> list[str]:
+    """Return the names of the formats that layers are packed in, in their order. layers: the forms of each."""
+    return list(dict.fromkeys(form.format.name for layer in layers for form in layer))
+
+
 def from_handle(handle: torch.Tensor) -> PackedExperts:
     """Return the packed experts that `handle` stands for. ValueError: there are none (any more)."""
     experts = _alive.get(int(handle))

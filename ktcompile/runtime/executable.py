@@ -59,15 +59,26 @@ class Executable:
         self._placer.step(experts)
         return result
 
-    def with_layers_of(self, args: Sequence[Any]) -> tuple[Callable[..., Any] | None, tuple[int, ...]]:
-        """Return what computes the graph with the packed layers of a call, whatever becomes of their weights, and which
-        of a call's arguments it is to be given. None: a placer has to see each call."""
+    def with_layers_of(self, args: Sequence[Any]) -> WithLayers | None:
+        """Return what computes the graph with the packed layers of a call, whatever becomes of their weights. None: a
+        placer has to see each call."""
         if self._placer is not None:
-            return None, self._kept
-        layers: list[Any] = [found.layer(args) for found in self._packed]
+            return None
+        layers = [found.layer(args) for found in self._packed]
+        module = getattr(self._inner, "__self__", None)  # where nothing compiled the graph
+        graph = module.graph if self._direct and isinstance(module, fx.GraphModule) else None
         packed = layers if self._direct else [layer.handle for layer in layers]
-        inner = self._inner
-        return (lambda *given: inner(*given, *packed)), self._kept
+        return WithLayers(self._inner, self._kept, packed, graph)
+
+
+class WithLayers(NamedTuple):
+    """`inner`, given those arguments of a call that are `kept` and the packed `layers` behind them, computes it. graph:
+    what it runs, None if that is compiled."""
+
+    inner: Callable[..., Any]
+    kept: tuple[int, ...]
+    layers: Sequence[Any]
+    graph: fx.Graph | None
 
 
 class _Made(NamedTuple):
