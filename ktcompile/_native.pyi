@@ -281,6 +281,27 @@ class ElementOp(enum.Enum):
 
     gelu_erf = 8
 
+    cos = 9
+
+    sin = 10
+
+class IntegerOp(enum.Enum):
+    add = 0
+
+    sub = 1
+
+    mul = 2
+
+    le = 3
+
+    lt = 4
+
+    ge = 5
+
+    gt = 6
+
+    conjunction = 7
+
 class Opcode(enum.Enum):
     reshape = 0
 
@@ -316,17 +337,25 @@ class Opcode(enum.Enum):
 
     elementwise = 16
 
-    softmax = 17
+    integers = 17
 
-    top_k = 18
+    add_number = 18
 
-    row_sum = 19
+    arange = 19
 
-    concat = 20
+    embedding = 20
 
-    index_select = 21
+    softmax = 21
 
-    index_copy = 22
+    top_k = 22
+
+    row_sum = 23
+
+    concat = 24
+
+    index_select = 25
+
+    index_copy = 26
 
 class Program:
     """Operations that run without Python, native/include/kt/program.h."""

@@ -25,8 +25,9 @@ from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.observer import observe
 from ktcompile.ops.threads import native_threads
 from ktcompile.runtime.direct import call_directly
+from ktcompile.runtime.program_builder import ELEMENTS, Builder, UnsupportedError, changes_memory, value_of
 from ktcompile.runtime.program_record import ProgramRecord
-from ktcompile.runtime.program_steps import ELEMENTS, Builder, UnsupportedError, changes_memory
+from ktcompile.runtime.program_steps import add_steps
 
 _DTYPES = {element: dtype for dtype, element in ELEMENTS.items()}
 # Fewer are not worth a call of their own.
@@ -34,12 +35,13 @@ _FEWEST_STEPS = 3
 # But those whose elements torch computes otherwise at the end of a tensor, so by how many rows there are.
 _BY_PLACE = frozenset({torch.sigmoid, "sigmoid", F.silu, F.gelu})
 # What torch rounds otherwise than steps do: calls that run operation by operation have parts of one node for these.
-_ROUNDED = _BY_PLACE | {F.softmax, torch.softmax, "softmax"}
+_ROUNDED = _BY_PLACE | {F.softmax, torch.softmax, "softmax", torch.cos, "cos", torch.sin, "sin"}
 # Functions whose results may share the memory of their first argument; methods all may.
 _VIEWS = (
     *("getitem", "split", "chunk", "tensor_split", "unbind", "transpose", "swapaxes", "permute", "movedim", "t"),
     *("reshape", "flatten", "ravel", "unsqueeze", "squeeze", "select", "narrow", "diagonal", "broadcast_to"),
 )
+_OF_NUMBERS = (operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv)
 _numbers = itertools.count()
 
 
@@ -50,6 +52,7 @@ def with_programs(gm: fx.GraphModule) -> fx.GraphModule:
     """
     if any(_changes_mode(node) for node in gm.graph.nodes):
         return gm
+    _erase_idle(gm.graph)
     stages = _stages(gm.graph)
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -102,7 +105,7 @@ def _stages(graph: fx.Graph) -> dict[fx.Node, int]:
 def _is_supported(node: fx.Node, supported: set[fx.Node]) -> bool:
     builder = Builder(supported)
     try:
-        builder.add(node)
+        add_steps(builder, node)
     except UnsupportedError:
         return False
     return True
@@ -115,6 +118,26 @@ def _changes_mode(node: fx.Node) -> bool:
     name = getattr(node.target, "__name__", str(node.target))
     home = str(getattr(node.target, "__module__", "") or "")
     return "functorch" in home or "nesting" in name or name.startswith(("_enter_", "_exit_", "_set_grad_enabled"))
+
+
+def _erase_idle(graph: fx.Graph) -> None:
+    """Erase what nothing comes of."""
+    for node in reversed(graph.nodes):
+        if node.target is F.embedding and len(node.args) > 4 and node.args[3] is None:
+            node.update_arg(4, 2.0)  # the kind of a norm that is not asked for
+        if _is_idle(node):
+            graph.erase_node(node)
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Return whether nothing comes of a node, as of numbers that only what passes replaced has read."""
+    if node.users:
+        return False
+    if node.target in ("item", "size", "numel") and node.op == "call_method":
+        return True
+    if node.target is torch._C._log_api_usage_once:
+        return True
+    return node.target in _OF_NUMBERS and not any(isinstance(value_of(n), Tensor) for n in node.all_input_nodes)
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -225,7 +248,7 @@ def _part(nodes: Sequence[fx.Node]) -> _Nodes | None:
     builder, inside = Builder(set(nodes)), set(nodes)
     try:
         for node in nodes:
-            builder.add(node)
+            add_steps(builder, node)
         outputs = [n for n in nodes if any(u not in inside for u in n.users)]
         if any(n not in builder.arrays for n in outputs):
             raise UnsupportedError("several values that leave it as one")
@@ -233,6 +256,8 @@ def _part(nodes: Sequence[fx.Node]) -> _Nodes | None:
         logger.debug("a part of a graph runs operation by operation: %s", error)
         return None
     inputs = builder.inputs
+    # What no step reads is there for `_plain`.
+    inputs += dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside and i not in inputs)
     numbers = builder.whole_inputs, builder.real_inputs, builder.packed_inputs
     record = PartRecord(
         builder.record(outputs),

@@ -10,7 +10,9 @@ inline vec::f32 apply(element_op op, vec::f32 a, vec::f32 b) {
     case element_op::silu: return times_sigmoid(a, a);
     case element_op::sigmoid: return times_sigmoid(vec::set1(1.0f), a);
     case element_op::gelu_tanh: return gelu_tanh(a);
-    default: return gelu_erf(a);
+    case element_op::gelu_erf: return gelu_erf(a);
+    case element_op::cos: return sine(a, 1);
+    default: return sine(a, 0);
   }
 }
 
@@ -21,7 +23,7 @@ void elementwise(const elementwise_job& job, std::size_t begin, std::size_t end)
     const char* a = static_cast<const char*>(job.a) + r * job.a_stride * bytes;
     const char* b = static_cast<const char*>(job.b) + r * job.b_stride * bytes;
     char* out = static_cast<char*>(job.out) + row * job.size * size_of(job.out_type);
-    vec::f32 second = vec::zero();
+    vec::f32 second = vec::set1(job.number);
     if (job.b && job.b_single) {
       alignas(64) float one[vec::lanes];
       vec::store(one, load_padded(b, job.type, 0, 1));

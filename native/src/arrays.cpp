@@ -52,6 +52,29 @@ array sliced(const array& a, int d, std::int64_t begin, std::int64_t end) {
   return b;
 }
 
+array expanded(const array& a, const std::int64_t* shape, int rank) {
+  if (rank < a.rank) fail_program("a shape has fewer dimensions");
+  array b = a;
+  b.rank = rank;
+  for (int i = 0; i < rank; ++i) {
+    const int j = i - rank + a.rank;
+    const bool same = j >= 0 && a.shape[j] == shape[i];
+    if (shape[i] < 0 || (j >= 0 && !same && a.shape[j] != 1)) fail_program("a dimension cannot be expanded");
+    b.shape[i] = shape[i];
+    b.strides[i] = same ? a.strides[j] : 0;
+  }
+  return b;
+}
+
+int broadcast(const array& a, const array& b, std::int64_t* shape) {
+  const int rank = std::max(a.rank, b.rank);
+  for (int i = 0; i < rank; ++i) {
+    const int j = i - rank + a.rank, k = i - rank + b.rank;
+    shape[i] = j < 0 || (k >= 0 && a.shape[j] == 1) ? b.shape[k] : a.shape[j];
+  }
+  return rank;
+}
+
 bool view(array& a, const std::vector<std::int64_t>& shape) {
   array b = a;
   b.rank = static_cast<int>(shape.size());

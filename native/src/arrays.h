@@ -18,6 +18,10 @@ void set_contiguous(array& a);
 array without(const array& a, int d);
 array selected(const array& a, int d, std::int64_t index);
 array sliced(const array& a, int d, std::int64_t begin, std::int64_t end);
+// As often along dimensions of 1 as a shape says, without moving anything.
+array expanded(const array& a, const std::int64_t* shape, int rank);
+// The shape of an operation on both, in `shape`; returns its rank.
+int broadcast(const array& a, const array& b, std::int64_t* shape);
 // Gives `a` another shape without moving anything; returns whether that can be.
 bool view(array& a, const std::vector<std::int64_t>& shape);
 // The rows of the last dimension `stride` elements apart.

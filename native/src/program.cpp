@@ -114,37 +114,6 @@ void program::call::compute_norm(const step& s, bool add) {
   c.norm(k, job, static_cast<std::size_t>(rows_of(x)));
 }
 
-void program::call::compute_elementwise(const step& s) {
-  const auto op = static_cast<element_op>(number(s, 0));
-  const auto type = static_cast<element>(number(s, 1));
-  array a = in(s, 0);
-  std::int64_t a_stride, b_stride = 0;
-  if (!as_rows(a, a_stride)) {
-    a = dense(s, a);
-    as_rows(a, a_stride);
-  }
-  elementwise_job job{};
-  if (s.in.size() > 1) {
-    array b = in(s, 1);
-    job.b_single = b.count() == rows_of(a) && b.count() != a.count();
-    if (b.type != a.type || (!job.b_single && b.count() != a.count())) fail_program("operands do not fit");
-    b = dense(s, b);
-    b_stride = job.b_single ? 1 : a.shape[a.rank - 1];
-    job.b = b.data;
-  }
-  const array& o = place(s, 0, type, a.shape, a.rank);
-  job.op = op;
-  job.a = a.data;
-  job.a_stride = a_stride;
-  job.b_stride = b_stride;
-  job.type = float_type(a);
-  job.out = o.data;
-  job.out_type = float_type(o);
-  job.size = static_cast<std::size_t>(a.rank ? a.shape[a.rank - 1] : 1);
-  c.each_row(static_cast<std::size_t>(rows_of(a)), job.size,
-             [&](std::size_t begin, std::size_t end) { k.elementwise(job, begin, end); });
-}
-
 void program::call::compute_rows(const step& s) {
   array a = in(s, 0);
   if (!a.rank) fail_program("an operation on rows has been given a number");
@@ -278,16 +247,15 @@ void program::call::run(const step& s) {
       return;
     }
     case opcode::expand: {
+      std::int64_t shape[most_dimensions];
       const array& a = in(s, 0);
-      array b = a;
-      b.rank = static_cast<int>(s.n.size());
-      for (int i = b.rank - 1, j = a.rank - 1; i >= 0; --i, --j) {
-        const std::int64_t size = number(s, static_cast<std::size_t>(i));
-        b.shape[i] = size < 0 ? a.shape[j] : size;
-        b.strides[i] = j < 0 || (a.shape[j] == 1 && b.shape[i] != 1) ? 0 : a.strides[j];
-        if (j >= 0 && a.shape[j] != 1 && a.shape[j] != b.shape[i]) fail_program("a dimension cannot be expanded");
+      const int rank = static_cast<int>(s.n.size());
+      for (int i = 0; i < rank; ++i) {
+        shape[i] = number(s, static_cast<std::size_t>(i));
+        const int j = i - rank + a.rank;
+        if (shape[i] < 0 && j >= 0) shape[i] = a.shape[j];
       }
-      out(s) = b;
+      out(s) = expanded(a, shape, rank);
       return;
     }
     case opcode::contiguous: {
@@ -308,6 +276,10 @@ void program::call::run(const step& s) {
     case opcode::attention: return compute_attention(s);
     case opcode::cached_attention: return compute_cached_attention(s);
     case opcode::elementwise: return compute_elementwise(s);
+    case opcode::integers: return compute_integers(s);
+    case opcode::add_number: return add_number(s);
+    case opcode::arange: return arange(s);
+    case opcode::embedding: return embedding(s);
     case opcode::softmax:
     case opcode::top_k:
     case opcode::row_sum: return compute_rows(s);
@@ -338,7 +310,8 @@ void program::finish(std::vector<int> results) {
   std::vector<int> last(arrays, -1);
   for (std::size_t i = 0; i < steps_.size(); ++i) {
     const step& s = steps_[i];
-    if (s.op <= opcode::contiguous || s.op == opcode::index_copy)  // may be a view of its first operand
+    if (s.op <= opcode::contiguous || s.op == opcode::index_copy ||
+        s.op == opcode::add_number)  // may be a view of its first operand
       group_[static_cast<std::size_t>(s.out)] = group_[static_cast<std::size_t>(s.in[0])];
     for (const int a : s.in) last[static_cast<std::size_t>(group_[static_cast<std::size_t>(a)])] = static_cast<int>(i);
     for (int o = s.out; o < s.out + s.outs; ++o)

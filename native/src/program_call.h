@@ -111,6 +111,10 @@ struct program::call {
   void compute_cached_attention(const step& s);
   void store_rows(const array& rows, const array& slots, const array& blocks, const array* scales);
   void compute_elementwise(const step& s);
+  void compute_integers(const step& s);
+  void add_number(const step& s);
+  void arange(const step& s);
+  void embedding(const step& s);
   void compute_rows(const step& s);
   void concat(const step& s);
   void index_select(const step& s);

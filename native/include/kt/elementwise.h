@@ -7,16 +7,18 @@
 
 namespace kt {
 
-enum class element_op : std::uint8_t { copy, add, sub, mul, div, silu, sigmoid, gelu_tanh, gelu_erf };
+enum class element_op : std::uint8_t { copy, add, sub, mul, div, silu, sigmoid, gelu_tanh, gelu_erf, cos, sin };
 
-// out = op(a) or op(a, b); rows of `out` lie together, those of a and b `stride` elements apart.
+// out = op(a) or op(a, b); rows of `out` lie together, those of a and b `stride` elements apart. Cosines and sines are
+// rounded once from double: to 0.5001 ulp up to 2^20, beyond as the C library has them.
 struct elementwise_job {
   element_op op;
   const void* a;
   std::ptrdiff_t a_stride;
-  const void* b;  // null: op has one operand
+  const void* b;  // null: there is none, or it is `number`
   std::ptrdiff_t b_stride;
   bool b_single;  // b has one element for each row
+  float number;   // b of all elements
   dtype type;     // of a and b
   void* out;
   dtype out_type;

@@ -76,7 +76,12 @@ enum class opcode : std::uint8_t {
                      // table, lengths, query starts, perhaps sinks. Keys and values are stored first; without a value
                      // blocks of values are a part of those of keys. n: window or 0, which of scales (1), sinks (2) and
                      // value (4) there are. x: scale or 0, softcap or 0
-  elementwise,   // in: a and perhaps b, of which each row has as many elements or one. n: element_op, element of out
+  elementwise,   // in: a and perhaps b, of shapes that torch would broadcast; a may be integers that are made floats.
+                 // n: element_op, element of out. x: perhaps b, as a number
+  integers,      // in: a and perhaps b, i64 or booleans, of such shapes. n: integer_op and perhaps b, as a number
+  add_number,    // in: into, i64, which is written to. n: what is added
+  arange,        // n: begin, end. out: i64
+  embedding,     // in: a table of rows, i64. Throws std::out_of_range
   softmax,       // in: x; over the last dimension, to f32
   top_k,         // in: x, f32. n: k. out: values, ids, descending; of equal ones the first
   row_sum,       // in: x, f32; over the last dimension, which stays with size 1
@@ -84,6 +89,9 @@ enum class opcode : std::uint8_t {
   index_select,  // in: x, indices. n: dimension
   index_copy,    // in: into, indices, from. n: dimension. `into` is written to
 };
+
+// Those from `le` on give booleans; `conjunction` is of booleans.
+enum class integer_op : std::uint8_t { add, sub, mul, le, lt, ge, gt, conjunction };
 
 struct result {
   int source;           // as of an array
