@@ -159,6 +159,39 @@ def test_chunks_of_a_prompt_give_the_same_bits(dtype: torch.dtype, isa: str, siz
             assert_exact(part, whole[:, :, begin:end], f"queries from {begin} on")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_are_the_same_beside_any_maximum(isa: str) -> None:
+    """A cache that drops positions behind a window: tiles begin elsewhere, and other keys come before a maximum."""
+    length, window = 200, 90
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = random_inputs(Shape(1, 4, 2, length, length, 8, 16), dtype)
+        # Weights of 2^-8 to 1 in bf16 times integers of two bits: their sums are exact in any order.
+        query, key, value = query.sign(), key.clamp(-1, 1), value.round().clamp(-2, 2)
+        rule = {"causal": True, "window": window, "scale": 2.7 / 8, "isa": isa}
+        whole = attention(query, key, value, **rule)
+        for begin in range(0, length, 16):
+            first, end = max(0, begin + 1 - window), min(begin + 16, length)
+            part = attention(query[:, :, begin:end], key[:, :, first:end], value[:, :, first:end], **rule)
+            if dtype == torch.bfloat16:
+                assert_exact(part, whole[:, :, begin:end], f"queries from {begin} on")
+            else:
+                assert_reduction(part, whole[:, :, begin:end].double(), f"queries from {begin} on")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_scores_of_any_size(isa: str) -> None:
+    """The greatest has all weight: 2^100 is further from the others than any number that a weight may have."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _, _, value = random_inputs(Shape(1, 1, 1, 1, 100, 16, 16), dtype)
+        query, key = (torch.ones(1, 1, count, 16, dtype=dtype) for count in (1, 100))
+        for sign in (1, -1):
+            for exponent in (10, 24, 60, 100):
+                key[:] = sign * 2.0**exponent
+                key[:, :, 37] *= 1 + sign / 2
+                got = attention(query, key, value, scale=1.0, isa=isa)
+                assert_reduction(got[0, 0, 0], value[0, 0, 37].double(), f"{sign} * 2^{exponent} in {dtype}")
+
+
 @pytest.mark.parametrize("isa", ORDERS)
 def test_a_sequence_gives_the_same_bits_alone_and_in_a_batch(isa: str) -> None:
     inputs = random_inputs(Shape(5, 4, 2, 3, 600), torch.bfloat16 if isa == ORDERS[1] else torch.float32)

@@ -33,7 +33,7 @@ struct dot_step {
   }
 };
 
-// How attention multiplies pairs of dimensions in bf16: weights of values stay fp32.
+// How attention multiplies pairs of bf16.
 struct bf16_pairs {
   using element = std::uint16_t;
   static constexpr std::size_t pair_bytes = bf16_pair_bytes, lane_bytes = 4;
@@ -42,11 +42,37 @@ struct bf16_pairs {
   [[gnu::always_inline]] static void run(vec::f32 (&acc)[M][N], const char* b, const element* a, std::size_t stride) {
     multiply_add_pair(acc, b, [=](int m) { return load_as<std::uint32_t>(a + m * stride); });
   }
+
+  static float number(element x) { return as_f32(static_cast<std::uint32_t>(x) << 16); }
+  static vec::f32 value(const char* panel, int j, std::size_t column) {
+    const char* pair = panel + static_cast<std::size_t>(j / 2) * pair_bytes + column * lane_bytes;
+    return j % 2 ? vec::bf16_odd(pair) : vec::bf16_even(pair);
+  }
 };
 
-constexpr attention_kernels attention_bf16 = {
-    2,           sizeof(float),      bf16_unit,       copy_bf16_rows,  pack_bf16_keys,
-    pack_values, attend<bf16_pairs>, merge_attention, finish_attention};
+struct bf16_weights {
+  static constexpr std::size_t stride = rounded_weights::stride;
+  static vec::f32 fraction(vec::f32 r) { return rounded_weights::fraction(r); }
+  [[gnu::always_inline]] static void keep(const vec::f32 (&p)[row_vectors], char* row, float* sums, float factor) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    vec::f32 sum = vec::mul(vec::load(sums), vec::set1(factor));
+    KT_UNROLLED (i, 2) {
+      const __m512bh rounded = _mm512_cvtne2ps_pbh(p[2 * i + 1], p[2 * i]);
+      _mm512_storeu_si512(row + i * 64, (__m512i)rounded);
+      sum = _mm512_dpbf16_ps(sum, rounded, ones);
+    }
+    vec::store(sums, sum);
+  }
+};
+
+constexpr attention_kernels attention_bf16 = {2,
+                                              bf16_unit,
+                                              copy_bf16_rows,
+                                              pack_bf16_keys,
+                                              pack_bf16_values,
+                                              attend<bf16_pairs, bf16_weights>,
+                                              merge_attention,
+                                              finish_attention};
 
 double bf16_arithmetic(std::size_t rounds) {
   return arithmetic_chains(rounds, _mm512_set1_epi16(0x3f00), vec::zero(), 4.0 * vec::lanes,

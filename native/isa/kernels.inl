@@ -9,6 +9,7 @@
 #include "../kernels/elementwise.inl"
 #include "../kernels/transpose.inl"
 #include "../kernels/attention_pack.inl"
+#include "../kernels/attention_weights.inl"
 #include "../kernels/attention.inl"
 #include "../kernels/unpack.inl"
 #include "../kernels/gemm_int4.inl"
@@ -23,7 +24,7 @@ inline double int8_arithmetic(std::size_t rounds) {
 
 template <class Step>
 constexpr kernel_table table_of(row_kernels rows, bool rows_in_bf16, double (*probe)(std::size_t),
-                                const attention_kernels& bf16 = attention) {
+                                const attention_kernels& bf16 = attention_rounded) {
   kernel_table t{};
   const auto set = [&t](format f, void (*gemm)(const gemm_job&)) { t.gemm[static_cast<int>(f)] = gemm; };
   if (!rows_in_bf16) {

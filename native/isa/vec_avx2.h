@@ -61,7 +61,7 @@ struct vec {
     const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_blendv_ps(_mm256_castsi256_ps(e), n, _mm256_cmp_ps(n, n, _CMP_UNORD_Q));
   }
-  static f32 times_exp2(f32 x, f32 n) { return mul(x, exp2_integral(n)); }
+  static f32 times_exp2(f32 x, f32 n) { return mul(x, exp2_integral(max(set1(-127.0f), n))); }
   static f32 round_bf16(f32 x) {
     const __m256i u = _mm256_castps_si256(x);
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

@@ -83,7 +83,7 @@ struct vec {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in gcc 12's own header
   static f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
-  // Of n from -127 to 127: x 2^n, zero where that is below the normal numbers.
+  // Of integral n up to 127: x 2^n, zero where that is below the normal numbers.
   static f32 times_exp2(f32 x, f32 n) { return _mm512_scalef_ps(x, n); }
 #pragma GCC diagnostic pop
   static f32 abs(f32 a) { return _mm512_abs_ps(a); }

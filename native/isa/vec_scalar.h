@@ -47,7 +47,7 @@ struct vec {
   static f32 exp2_integral(f32 n) {
     return n == n ? as_f32(static_cast<std::uint32_t>(static_cast<std::int32_t>(n) + 127) << 23) : n;
   }
-  static f32 times_exp2(f32 x, f32 n) { return mul(x, exp2_integral(n)); }
+  static f32 times_exp2(f32 x, f32 n) { return mul(x, exp2_integral(max(set1(-127.0f), n))); }
   static f32 round_bf16(f32 x) {
     const std::uint32_t u = as_u32(x);
     if (x != x) return as_f32((u | 0x00400000u) & 0xffff0000u);

@@ -1,4 +1,5 @@
-// One tile of keys and values, the merge of splits and what is left to do at the end: kt/attention.h has the formulas.
+// The products of a tile of keys and values, the merge of splits and what is left to do at the end: kt/attention.h has
+// the formulas. Included after attention_weights.inl.
 
 // How pairs of fp32 are multiplied: the weights of a pair are [2][32].
 struct fp32_pairs {
@@ -14,6 +15,12 @@ struct fp32_pairs {
       multiply_add(
           acc, [=](int m) { return a[m * stride + k]; }, [=](int n) { return vec::load(row + n * vec::lanes); });
     }
+  }
+
+  static float number(float x) { return x; }
+  // Of position j in a panel of values, from a column on.
+  static vec::f32 value(const char* panel, int j, std::size_t column) {
+    return vec::load(reinterpret_cast<const float*>(panel) + j * panel_columns + column);
   }
 };
 
@@ -137,115 +144,19 @@ void scores(const attend_job& job, const seen_by_tiles& tiles, tile_fetch& fetch
     }
 }
 
-// A row of a mask as numbers to add.
-class mask_row {
- public:
-  const float* operator()(const attend_job& job, int r) {
-    if (job.mask == mask_type::none) return nullptr;
-    if (job.mask_rows[r] == from_) return values_;
-    from_ = job.mask_rows[r];
-    if (job.mask == mask_type::boolean) {
-      const auto* allowed = static_cast<const unsigned char*>(from_);
-      for (int j = 0; j < job.count; ++j) values_[j] = allowed[j] ? 0.0f : -__builtin_inff();
-      return values_;
-    }
-    const dtype type = job.mask == mask_type::f32 ? dtype::f32 : job.mask == mask_type::f16 ? dtype::f16 : dtype::bf16;
-    with_type(type, [&](auto t) {
-      for (int j = 0; j < attention_tile; j += vec::lanes) vec::store(values_ + j, load_part<t()>(from_, j, job.count));
-    });
-    return values_;
-  }
-
- private:
-  const void* from_ = nullptr;
-  alignas(64) float values_[attention_tile] = {};
-};
-
-template <class V>
-float largest(V x) {
-  constexpr int lanes = sizeof(V) / 4;
-  if constexpr (lanes > 8) x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(8)));
-  if constexpr (lanes > 1) {
-    x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(4)));
-    x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(2)));
-    x = vec::max(x, __builtin_shuffle(x, x, shuffles::exchange(1)));
-    return x[0];
-  } else {
-    return x;
-  }
-}
-
-struct alignas(64) places_of_tile {
-  float at[attention_tile] = {};
-  constexpr places_of_tile() {
-    for (int i = 0; i < attention_tile; ++i) at[i] = static_cast<float>(i);
+// Weights of a row in the room of its scores.
+template <class Pairs>
+struct row_weights {
+  using element = typename Pairs::element;
+  static constexpr std::size_t stride = attention_tile * sizeof(float) / sizeof(element);
+  static const element* of(const attend_job& job, int r) {
+    return reinterpret_cast<const element*>(job.scores) + r * stride;
   }
 };
-inline constexpr places_of_tile places;
 
-// Turns products into scores, and returns the largest of them and `most`.
-float finish_scores(const attend_job& job, int r, const float* mask, float most) {
-  float* row = job.scores + r * attention_tile;
-  const int begin = job.begin[r], end = job.end[r] < job.count ? job.end[r] : job.count;
-  const bool whole = begin <= 0 && end == attention_tile;
-  const vec::f32 first = vec::set1(static_cast<float>(begin)), last = vec::set1(static_cast<float>(end - 1));
-  const vec::f32 none = vec::set1(-__builtin_inff()), scale = vec::set1(job.scale);
-  const vec::f32 cap = vec::set1(job.softcap), per_cap = vec::set1(job.softcap > 0 ? 1.0f / job.softcap : 0.0f);
-  vec::f32 top = vec::set1(most);
-  KT_UNROLLED (j, attention_tile / vec::lanes) {
-    vec::f32 s = vec::mul(vec::load(row + j * vec::lanes), scale);
-    if (job.softcap > 0) s = vec::mul(tanh(vec::mul(s, per_cap)), cap);
-    if (mask) {
-      const vec::f32 m = vec::load(mask + j * vec::lanes);
-      s = vec::select_negative(vec::sub(m, vec::set1(attention_lowest)), none, vec::add(s, m));
-    }
-    if (!whole) {
-      const vec::f32 place = vec::load(places.at + j * vec::lanes);
-      s = vec::select_negative(vec::sub(place, first), none, vec::select_negative(vec::sub(last, place), none, s));
-    }
-    vec::store(row + j * vec::lanes, s);
-    top = vec::max(s, top);  // the second operand where a score is NaN
-  }
-  return largest(top);
-}
-
-// e^(from - to) of each row.
-void factors(const float* from, const float* to, int rows, float* result) {
-  for (int r = 0; r < rows; r += vec::lanes) {
-    float a[vec::lanes] = {}, b[vec::lanes] = {};
-    const int n = rows - r < vec::lanes ? rows - r : vec::lanes;
-    for (int i = 0; i < n; ++i) a[i] = from[r + i], b[i] = to[r + i];
-    vec::store(a, exp_up_to_one(vec::sub(vec::load(a), vec::load(b))));
-    for (int i = 0; i < n; ++i) result[r + i] = a[i];
-  }
-}
-
-// Scores become weights; `factor`: by what all that is summed up shrinks. keep(r, j, p) takes the weights p of row r
-// from position j on, and returns what is summed up.
-template <class Keep>
-void weigh(const attend_job& job, float* factor, Keep keep) {
-  float most[attention_rows];
-  mask_row mask;
-  for (int r = 0; r < job.rows; ++r) most[r] = finish_scores(job, r, mask(job, r), job.state.max[r]);
-  factors(job.state.max, most, job.rows, factor);
-  constexpr int vectors = attention_sums / vec::lanes;
-  for (int r = 0; r < job.rows; ++r) {
-    const float* row = job.scores + r * attention_tile;
-    float* sums = job.state.sums + r * attention_sums;
-    const vec::f32 m = vec::set1(most[r]), f = vec::set1(factor[r]);
-    job.state.max[r] = most[r];
-    KT_UNROLLED (v, vectors) {
-      vec::f32 sum = vec::mul(vec::load(sums + v * vec::lanes), f);
-      KT_UNROLLED (i, attention_tile / attention_sums) {
-        const int j = i * attention_sums + v * vec::lanes;
-        sum = vec::add(sum, keep(r, j, exp_up_to_one(vec::sub(vec::load(row + j), m))));
-      }
-      vec::store(sums + v * vec::lanes, sum);
-    }
-  }
-}
-
+template <class Pairs>
 void weighted_values(const attend_job& job, const seen_by_tiles& tiles, const float* factor, tile_fetch& fetch) {
+  using weights = row_weights<Pairs>;
   const tiling<>& cut = tiles.cut;
   for (std::size_t column = 0; column < job.columns; column += panel_columns)
     for (int t = 0; t < cut.count; ++t) {
@@ -253,66 +164,62 @@ void weighted_values(const attend_job& job, const seen_by_tiles& tiles, const fl
       const seen& s = tiles.of[t];
       fetch.step();
       if (s.begin >= s.end) continue;
-      const std::size_t first = column * attention_tile + static_cast<std::size_t>(s.begin) * panel_columns;
-      multiply_rows<fp32_pairs>(
+      const std::size_t first_pair = (column / panel_columns * attention_tile + static_cast<std::size_t>(s.begin)) / 2;
+      multiply_rows<Pairs>(
           last - r,
-          {static_cast<const char*>(job.values) + first * sizeof(float), job.scores + r * attention_tile + s.begin,
-           attention_tile, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
+          {static_cast<const char*>(job.values) + first_pair * Pairs::pair_bytes, weights::of(job, r) + s.begin,
+           weights::stride, static_cast<std::size_t>(s.end - s.begin + 1) / 2,
            job.state.out + r * job.state.width + column, job.state.width, factor + r},
           static_cast<int>(job.columns - column < panel_columns ? job.columns - column : panel_columns));
     }
 }
 
 // The same without products by zero, which is NaN if the value is infinite or NaN.
+template <class Pairs>
 void weighted_values_one_by_one(const attend_job& job, const float* factor) {
   for (int r = 0; r < job.rows; ++r) {
-    const float* p = job.scores + r * attention_tile;
+    const auto* p = row_weights<Pairs>::of(job, r);
     for (std::size_t c = 0; c < job.columns; c += vec::lanes) {
       float* out = job.state.out + r * job.state.width + c;
-      const float* v = static_cast<const float*>(job.values) + c / panel_columns * attention_tile * panel_columns +
-                       c % panel_columns;
+      const char* panel =
+          static_cast<const char*>(job.values) + c / panel_columns * (attention_tile / 2) * Pairs::pair_bytes;
       vec::f32 sum = vec::mul(vec::load(out), vec::set1(factor[r]));
       for (int j = 0; j < attention_tile; ++j) {
         const int at = j ^ 1;
-        if (p[at] != 0) sum = vec::fma(vec::set1(p[at]), vec::load(v + at * panel_columns), sum);
+        const float weight = Pairs::number(p[at]);
+        if (weight != 0) sum = vec::fma(vec::set1(weight), Pairs::value(panel, at, c % panel_columns), sum);
       }
       vec::store(out, sum);
     }
   }
 }
 
-// Keys: how pairs of dimensions of queries and keys are multiplied. Values are in fp32.
-template <class Keys>
+// Pairs: how pairs of dimensions and of positions are multiplied. Weights: of the type that these take.
+template <class Pairs, class Weights>
 void attend(const attend_job& job) {
   float factor[attention_rows];
   const int panels = 2 + static_cast<int>((job.columns + panel_columns - 1) / panel_columns);
   const seen_by_tiles tiles(job);
   tile_fetch fetch(job, panels * tiles.cut.count);
-  scores<Keys>(job, tiles, fetch);
-  weigh(job, factor, [&](int r, int j, vec::f32 p) {
-    vec::store(job.scores + r * attention_tile + j, p);
-    return p;
-  });
+  scores<Pairs>(job, tiles, fetch);
+  weigh<Weights>(job, job.scores, factor);
   if (job.finite)
-    weighted_values(job, tiles, factor, fetch);
+    weighted_values<Pairs>(job, tiles, factor, fetch);
   else
-    weighted_values_one_by_one(job, factor);
+    weighted_values_one_by_one<Pairs>(job, factor);
 }
 
 void merge_attention(const merge_job& job) {
-  float most[attention_rows], a[attention_rows], b[attention_rows];
-  for (int r = 0; r < job.rows; ++r) most[r] = job.from.max[r] > job.into.max[r] ? job.from.max[r] : job.into.max[r];
-  factors(job.into.max, most, job.rows, a);
-  factors(job.from.max, most, job.rows, b);
   for (int r = 0; r < job.rows; ++r) {
-    const vec::f32 x = vec::set1(a[r]), y = vec::set1(b[r]);
+    const float a = job.into.max[r], b = job.from.max[r], most = a > b ? a : b;
+    const vec::f32 x = vec::set1(power_of_two(a - most)), y = vec::set1(power_of_two(b - most));
     const auto merge = [&](float* into, const float* from, std::size_t size) {
       for (std::size_t i = 0; i < size; i += vec::lanes)
         vec::store(into + i, vec::fma(vec::load(from + i), y, vec::mul(vec::load(into + i), x)));
     };
     merge(job.into.sums + r * attention_sums, job.from.sums + r * attention_sums, attention_sums);
     merge(job.into.out + r * job.into.width, job.from.out + r * job.from.width, job.into.width);
-    job.into.max[r] = most[r];
+    job.into.max[r] = most;
   }
 }
 
@@ -324,12 +231,14 @@ inline float share(float max, const float* sums, const float* sink) {
     for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
   float shrink = 1.0f, total = sum[0];
   if (sink) {
-    const float most = *sink > max ? *sink : max;
-    float both[2];
-    const float* of[] = {&max, sink};
-    for (int i = 0; i < 2; ++i) factors(of[i], &most, 1, both + i);
-    shrink = both[0];
-    total = total * shrink + both[1];
+    const vec::f32 t = vec::max(constant(attention_lowest), vec::mul(vec::set1(*sink), constant(log2_e)));
+    const vec::f32 whole = vec::round(t);
+    float n[vec::lanes], fraction[vec::lanes];
+    vec::store(n, whole);
+    vec::store(fraction, exp2_fraction(vec::sub(t, whole)));
+    const float most = n[0] > max ? n[0] : max;
+    shrink = power_of_two(max - most);
+    total = total * shrink + fraction[0] * power_of_two(n[0] - most);
   }
   return total == 0 ? 0.0f : shrink / total;
 }
@@ -356,6 +265,9 @@ void finish_attention(const finish_job& job) {
   }
 }
 
-constexpr attention_kernels attention = {sizeof(float),      sizeof(float),   2,
-                                         unpack_rows,        pack_keys,       pack_values,
-                                         attend<fp32_pairs>, merge_attention, finish_attention};
+constexpr attention_kernels attention_by_fma(void (*attend)(const attend_job&)) {
+  return {sizeof(float), 2, unpack_rows, pack_keys, pack_values, attend, merge_attention, finish_attention};
+}
+
+constexpr attention_kernels attention = attention_by_fma(attend<fp32_pairs, fp32_weights>);
+constexpr attention_kernels attention_rounded = attention_by_fma(attend<fp32_pairs, rounded_weights>);

@@ -1,54 +1,7 @@
 // Attention of queries, keys and values in bf16 on tiles: kt/attention.h has the formulas and the layouts. Included
 // after attention.inl and gemm_amx.inl.
 
-constexpr std::size_t bf16_values_panel = attention_tile / 2 * bf16_pair_bytes;
 constexpr int two_tiles = 32;  // rows
-
-// Numbers of bf16 in a vector, and pairs of the same columns of two of them.
-class bf16_words {
- public:
-  static constexpr int count = 2 * vec::lanes;
-  typedef std::uint16_t words __attribute__((vector_size(2 * count)));
-  static constexpr words pairs(int from) {
-    std::uint16_t lanes[count] = {};
-    for (int i = 0; i < count; ++i) lanes[i] = static_cast<std::uint16_t>(from + i / 2 + i % 2 * count);
-    return __builtin_bit_cast(words, lanes);
-  }
-};
-
-bool pack_bf16_values(const pack_tile_job& job) {
-  using words = bf16_words::words;
-  const std::size_t bytes = job.size * 2;
-  const auto load = [&](int j, std::size_t at) __attribute__((always_inline)) {
-    words x = {};
-    if (j >= job.count || at >= bytes) return x;
-    const char* row = static_cast<const char*>(job.rows[j]) + at;
-    if (at + sizeof x <= bytes) {
-      __builtin_memcpy(&x, row, sizeof x);
-      return x;
-    }
-    alignas(64) char rest[sizeof x] = {};
-    __builtin_memcpy(rest, row, bytes - at);
-    __builtin_memcpy(&x, rest, sizeof x);
-    return x;
-  };
-  words sign = {};  // set from the first number on that is infinite or NaN
-  char* to = static_cast<char*>(job.packed);
-  for (std::size_t panel = 0; panel < bytes; panel += panel_columns * 2)
-    for (int j = 0; j < attention_tile; j += 2)
-      KT_UNROLLED (i, panel_columns / bf16_words::count) {
-        const words even = load(j, panel + i * sizeof(words)), odd = load(j + 1, panel + i * sizeof(words));
-        sign |= ((even & 0x7fff) + 0x80) | ((odd & 0x7fff) + 0x80);
-        const words low = __builtin_shuffle(even, odd, bf16_words::pairs(0));
-        const words high = __builtin_shuffle(even, odd, bf16_words::pairs(vec::lanes));
-        __builtin_memcpy(to, &low, sizeof low);
-        __builtin_memcpy(to + sizeof low, &high, sizeof high);
-        to += 2 * sizeof low;
-      }
-  unsigned all = 0;
-  for (int i = 0; i < bf16_words::count; ++i) all |= sign[i];
-  return all < 0x8000;
-}
 
 // c = c + a * b, or a * b, of 32 columns.
 struct tile_product {
@@ -158,11 +111,19 @@ void bf16_values_one_by_one(const attend_job& job, const std::uint16_t* weights)
   }
 }
 
-// To the nearest number of eight bits, by Veltkamp's splitting: three operations, NaN stays. For numbers up to 1.
-inline vec::f32 round_weight(vec::f32 p) {
-  const vec::f32 large = vec::mul(p, vec::set1(0x10001p0f));
-  return vec::sub(large, vec::sub(large, p));
-}
+// Rounded to the nearest numbers of eight bits by Veltkamp's splitting: three operations, NaN stays.
+struct tile_weights {
+  static constexpr std::size_t stride = attention_tile * 2;
+  static vec::f32 fraction(vec::f32 r) { return exp2_fraction_for_bf16(r); }
+  [[gnu::always_inline]] static void keep(vec::f32 (&p)[row_vectors], char* row, float* sums, float factor) {
+    KT_UNROLLED (j, row_vectors) {
+      const vec::f32 large = vec::mul(p[j], vec::set1(0x10001p0f));
+      p[j] = vec::sub(large, vec::sub(large, p[j]));
+      vec::store_high(row + j * vec::lanes * 2, p[j]);
+    }
+    add_weights(p, sums, factor);
+  }
+};
 
 // 1 to 32 rows.
 void attend_two_tiles(tile_session& session, const attend_job& job, tile_fetch& fetch) {
@@ -170,11 +131,7 @@ void attend_two_tiles(tile_session& session, const attend_job& job, tile_fetch& 
   alignas(64) std::uint16_t weights[two_tiles * attention_tile];  // [rows][64]
   const seen_steps s(job);
   scores_on_tiles(session, job, s, fetch);
-  weigh(job, factor, [&](int r, int j, vec::f32 p) {
-    const vec::f32 rounded = round_weight(p);
-    vec::store_high(weights + r * attention_tile + j, rounded);
-    return rounded;
-  });
+  weigh<tile_weights>(job, weights, factor);
   shrink_sums(job, factor);
   if (job.finite)
     values_on_tiles(session, job, weights, s, fetch);
@@ -192,4 +149,4 @@ void attend_bf16(const attend_job& job) {
 }
 
 constexpr attention_kernels attention_bf16 = {
-    2, 2, bf16_unit, copy_bf16_rows, pack_bf16_keys, pack_bf16_values, attend_bf16, merge_attention, finish_attention};
+    2, bf16_unit, copy_bf16_rows, pack_bf16_keys, pack_bf16_values, attend_bf16, merge_attention, finish_attention};

@@ -41,7 +41,7 @@ inline vec::f32 load_or_lowest(const void* row, dtype type, std::size_t i, std::
   if (i + vec::lanes <= size) return load_as_f32(row, type, i);
   alignas(64) float all[vec::lanes];
   vec::store(all, load_padded(row, type, i, size));
-  for (std::size_t j = i < size ? size - i : 0; j < vec::lanes; ++j) all[j] = attention_lowest;
+  for (std::size_t j = i < size ? size - i : 0; j < vec::lanes; ++j) all[j] = -__FLT_MAX__;
   return vec::load(all);
 }
 
@@ -52,7 +52,7 @@ void softmax(const softmax_job& job, std::size_t begin, std::size_t end) {
                      static_cast<std::ptrdiff_t>(row) * job.stride * static_cast<std::ptrdiff_t>(size_of(job.type));
     float* out = job.out + row * job.size;
     alignas(64) float all[partial];
-    vec::f32 high = vec::set1(attention_lowest);
+    vec::f32 high = vec::set1(-__FLT_MAX__);
     for (std::size_t i = 0; i < job.size; i += vec::lanes)
       high = vec::max(high, load_or_lowest(in, job.type, i, job.size));
     vec::store(all, high);

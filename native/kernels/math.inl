@@ -32,6 +32,17 @@ inline vec::f32 exp_up_to_one(vec::f32 x) {
   return exp_by(vec::max(constant(-88.0f), x), [](vec::f32 p, vec::f32 n) { return vec::times_exp2(p, n); });
 }
 
+// 2^r of r in [-1/2, 1/2]: to 1.4 * 2^-24 of itself; and to 2.7e-6, a thousandth of what rounding to bf16 may do.
+inline vec::f32 exp2_fraction(vec::f32 r) {
+  constexpr float c[] = {1.0f,           0x1.62e432p-1f,  0x1.ebfbe2p-3f, 0x1.c6ae72p-5f,
+                         0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
+  return polynomial(r, c);
+}
+inline vec::f32 exp2_fraction_for_bf16(vec::f32 r) {
+  constexpr float c[] = {0x1.ffffe8p-1f, 0x1.62e0dcp-1f, 0x1.ec06dap-3f, 0x1.ca1440p-5f, 0x1.3997d6p-7f};
+  return polynomial(r, c);
+}
+
 // x * sigmoid(s)
 inline vec::f32 times_sigmoid(vec::f32 x, vec::f32 s) {
   return vec::div(x, vec::add(constant(1.0f), exp(vec::sub(vec::zero(), s))));

@@ -24,6 +24,10 @@ class shuffles {
   static constexpr index exchange(int distance) {
     return indices([distance](int i) { return i ^ distance; });
   }
+  // Of both, one after the other, the lanes that are even, or odd.
+  static constexpr index every_second(int odd) {
+    return indices([odd](int i) { return 2 * i + odd; });
+  }
 
  private:
   static constexpr int half = vec::lanes > 1 ? vec::lanes / 2 : 1;

@@ -166,8 +166,7 @@ class block_worker {
  public:
   block_worker(const attention_view& view, const attention_kernels& kernels, buffer& memory, std::size_t rows)
       : v_(view), k_(kernels), key_size_(padded(view.a.key_size, kernels.key_unit)) {
-    const std::size_t keys = attention_tile * key_size_ * k_.bytes;
-    const std::size_t values = attention_tile * v_.width * k_.value_bytes;
+    const std::size_t keys = attention_tile * key_size_ * k_.bytes, values = attention_tile * v_.width * k_.bytes;
     const state_size size{rows, v_.width};
     const std::size_t scores = rows * attention_tile * sizeof(float), state = size.floats() * sizeof(float);
     const std::size_t queries = padded(rows * key_size_ * k_.bytes, sizeof(float));

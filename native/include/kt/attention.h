@@ -4,22 +4,26 @@
 // Positions of keys are cut into tiles of 64 and splits of 256, both from position 0 on, whatever is asked. A row is
 // one query of one head. For each row, on every instruction set:
 //   score   = sum over pairs of the head's dimensions ascending, in a pair odd before even, one fused multiply-add
-//             each (what VDPBF16PS does); times `scale`; softcap * tanh(score / softcap); plus the mask. Positions that
-//             the row does not see get -infinity.
-//   tile    m' = max(m, scores), f = e^(m - m'), p = e^(score - m');
-//             sums[i] = sums[i] f + p[i] + p[i + 16] + p[i + 32] + p[i + 48], for i in [0, 16);
-//             out = out f + sum of p * value over pairs of positions ascending, in a pair odd before even.
-//             The split begins with m = the lowest float, sums = out = 0.
+//             each (what VDPBF16PS does);
+//             t = score * (scale log2 e), or (softcap log2 e) * tanh(score * scale / softcap), plus mask * log2 e, and
+//             -2^120 at least, infinite from 2^128 on; n = t to the nearest integer, f = 2^(t - n).
+//   tile    m' = max(m, n), p = f 2^(n - m'), zero for positions that the row does not see;
+//             sums[i] = sums[i] 2^(m - m') + p[i] + p[i + 16] + p[i + 32] + p[i + 48], for i in [0, 16);
+//             out = out 2^(m - m') + sum of p * value over pairs of positions ascending, in a pair odd before even.
+//             The split begins with m = -2^120, sums = out = 0.
 //   splits  of what went before (m1) and the next split (m2), ascending: m = max(m1, m2),
-//             x = x1 e^(m1 - m) + x2 e^(m2 - m) for sums and out.
-//   result  out / (sum of sums by halves + e^(sink - m)), or zero for a row that sees nothing.
+//             x = x1 2^(m1 - m) + x2 2^(m2 - m) for sums and out.
+//   result  out / (sum of sums by halves + e^sink 2^-m), or zero for a row that sees nothing.
 // A tile or a split that a row does not see changes nothing in it, so it makes no difference which of them are run,
-// how many rows there are and which thread runs a split.
+// how many rows there are and which thread runs a split. m is integral: beside another maximum all that is summed up
+// differs by a power of two, exactly, but for numbers below 2^-126, which are zero.
 //
-// On AMX, where queries, keys and values are all bf16, p is rounded to bf16 before it is used: what values are weighted
-// with and what the result is divided by are the same numbers. Both products are summed as the weights of bf16 are
-// (kernels/gemm_amx.inl): blocks of 32 dimensions or positions ascending, in a block the even and the odd products
-// apart, then c = c + (even + odd), where c begins at zero for scores and at out f, rounded, for values.
+// Where queries, keys and values are all bf16, p is rounded to bf16 before it is used: what values are weighted with
+// and what the result is divided by are the same numbers. These are then summed in the order in which VDPBF16PS adds
+// pairs, sums[i] = sums[i] 2^(m - m') + p[2 i + 1] + p[2 i] + p[2 i + 33] + p[2 i + 32]; but on AMX as above, where
+// both products are summed as the weights of bf16 are (kernels/gemm_amx.inl): blocks of 32 dimensions or positions
+// ascending, in a block the even and the odd products apart, then c = c + (even + odd), where c begins at zero for
+// scores and at out 2^(m - m') for values.
 //
 // Keys and values may be codes of int8 with scales in fp32, each of a group of a row's elements: a code times its
 // scale, rounded to fp32, is the element from then on.
@@ -34,7 +38,7 @@ namespace kt {
 constexpr int attention_tile = 64, attention_split = 256;
 constexpr int attention_sums = 16;
 constexpr int attention_rows = 128;  // of a block, at most
-constexpr float attention_lowest = -0x1.fffffep127f;
+constexpr float attention_lowest = -0x1p120f;
 
 // Keys or values of the positions [0, count) of a tile: each `size` elements that lie together.
 struct pack_tile_job {
@@ -62,7 +66,7 @@ struct unpack_rows_job {
 
 // What rows have summed up.
 struct attention_state {
-  float* max;         // [rows]
+  float* max;         // [rows], integers
   float* sums;        // [rows][16]
   float* out;         // [rows][width]
   std::size_t width;  // columns of values in whole panels
@@ -114,8 +118,7 @@ struct finish_job {
 };
 
 struct attention_kernels {
-  std::size_t bytes, value_bytes;  // of a packed element of queries and keys, of values
-  std::size_t key_unit;            // what keys' size is made a multiple of
+  std::size_t bytes, key_unit;  // of an element of packed rows; what keys' size is made a multiple of
   void (*unpack_rows)(const unpack_rows_job&);
   void (*pack_keys)(const pack_tile_job&);
   bool (*pack_values)(const pack_tile_job&);  // returns whether all are finite
