@@ -23,6 +23,7 @@ from ktcompile.machine import machine
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.observer import observe
+from ktcompile.ops.store import storages_of
 from ktcompile.ops.threads import native_threads
 from ktcompile.runtime.direct import call_directly
 from ktcompile.runtime.program_builder import ELEMENTS, Builder, UnsupportedError, changes_memory, value_of
@@ -163,52 +164,65 @@ class Part:
         self.inputs += dict.fromkeys(
             i for n in nodes for i in n.all_input_nodes if i not in inside and i not in self.inputs
         )
-        self._tensors = [i for i, n in enumerate(self.inputs) if n in builder.tensor_inputs]
-        self._whole = [self.inputs.index(n) for n in builder.whole_inputs]
-        self._real = [self.inputs.index(n) for n in builder.real_inputs]
-        self._packed = [self.inputs.index(n) for n in builder.packed_inputs]
+        begin = len(builder.inputs) - len(builder.packed_inputs)
+        self._packed = slice(begin, len(builder.inputs))
         self._program = builder.build(self.outputs)
-        self._bound: list[Callable[[], Any]] = []
+        # The layers of the call before, and what it was given for them: themselves, or their handles.
+        self._layers: list[Callable[[], Any]] = []
+        self._given: list[Callable[[], Any]] = []
+        self._handles = _native.Watch()
+        self._storages: tuple[Any, ...] = ()  # kept so that no other has its address
+        self._has_experts = False
         self._plain = _plain(nodes, self.inputs, self.outputs)
         self._isa = machine().isa
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        layers = [_layer(args[i]) for i in self._packed]
-        if not self._bind(layers):
+        if not self._bind(args):
             result: tuple[Tensor, ...] = self._plain(*args)
             return result
-        tensors = [args[i] for i in self._tensors]
         made: list[Tensor] = []
 
         def allocate(element: _native.Element, shape: Sequence[int]) -> int:
             made.append(torch.empty(shape, dtype=_DTYPES[element]))
             return made[-1].data_ptr()
 
-        found = self._program.run(
-            native_threads().context(),
-            self._isa,
-            [(t.data_ptr(), t.shape, t.stride()) for t in tensors],
-            [args[i] for i in self._whole],
-            [args[i] for i in self._real],
-            allocate,
-        )
-        return tuple(_view(made, tensors, *place) for place in found)
+        found = self._program.run(native_threads().context(), self._isa, args, allocate)
+        return tuple(_view(made, args, *place) for place in found)
 
-    def _bind(self, layers: list[Any]) -> bool:
+    def _bind(self, args: tuple[Any, ...]) -> bool:
         """Give the program its weights; return whether it can run: nobody has to see what experts are asked for."""
-        if observe.active and any(isinstance(layer, PackedExperts) for layer in layers):
-            return False
-        if len(self._bound) != len(layers) or any(
-            seen() is not layer for seen, layer in zip(self._bound, layers, strict=True)
-        ):
-            for layer in layers:
-                if isinstance(layer, PackedExperts) and (layer.split is not None or layer.first_call is not None):
-                    return False
+        given = args[self._packed]
+        if not self._are_bound(args, given):
+            layers: list[Any] = [_layer(g) for g in given]
+            experts = [layer for layer in layers if isinstance(layer, PackedExperts)]
+            if any(layer.split is not None or layer.first_call is not None for layer in experts):
+                return False
             for i, layer in enumerate(layers):
                 set_layer = self._program.set_linear if isinstance(layer, PackedLinear) else self._program.set_experts
                 set_layer(i, layer.native, layer.isa)
-            self._bound = [weakref.ref(layer) for layer in layers]
-        return True
+            self._see(given, layers)
+        return not (observe.active and self._has_experts)
+
+    def _are_bound(self, args: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+        """Return whether the program has the weights of a call."""
+        return (
+            len(self._given) == len(given)
+            and self._handles.holds(args)
+            and all(seen() is g for seen, g in zip(self._given, given, strict=True))
+            and all(layer() is not None for layer in self._layers)
+        )
+
+    def _see(self, given: Sequence[Any], layers: Sequence[Any]) -> None:
+        self._has_experts = any(isinstance(layer, PackedExperts) for layer in layers)
+        handles = [i for i, g in enumerate(given) if isinstance(g, Tensor)]
+        if any(given[i].is_inference() for i in handles):  # these have no versions
+            return
+        self._given = [weakref.ref(g) for g in given]
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._handles = _native.Watch()
+        self._storages = storages_of([given[i] for i in handles])
+        for i, storage in zip(handles, self._storages, strict=True):
+            self._handles.add(self._packed.start + i, given[i], storage.cdata)
 
 
 def _layer(given: PackedExperts | PackedLinear | Tensor) -> PackedExperts | PackedLinear:
@@ -217,10 +231,10 @@ def _layer(given: PackedExperts | PackedLinear | Tensor) -> PackedExperts | Pack
 
 
 def _view(
-    made: list[Tensor], tensors: list[Tensor], where: int, offset: int, shape: list[int], strides: list[int]
+    made: Sequence[Tensor], args: Sequence[Tensor], where: int, offset: int, shape: list[int], strides: list[int]
 ) -> Tensor:
     if where < 0:
-        base = tensors[-1 - where]
+        base = args[-1 - where]
         return base.as_strided(shape, strides, base.storage_offset() + offset)
     base = made[where]
     if offset == 0 and list(base.shape) == shape and list(base.stride()) == strides:

@@ -58,7 +58,8 @@ class Builder:
 
     def build(self, outputs: Sequence[fx.Node]) -> _native.Program:
         """Return the program whose results are the arrays of `outputs`."""
-        program = _native.Program([ELEMENTS[value_of(n).dtype] for n in self.tensor_inputs])
+        types = [ELEMENTS[value_of(n).dtype] for n in self.tensor_inputs]
+        program = _native.Program(types, len(self.whole_inputs), len(self.real_inputs))
         numbers: dict[Any, int] = {("in", i): i for i in range(len(self.tensor_inputs))}
         for step, (op, arrays, outs, whole, real, packed) in enumerate(self._steps):
             first = program.add(op, [numbers[a] for a in arrays], outs, whole, real, packed)
@@ -165,6 +166,8 @@ def is_fresh(node: fx.Node) -> bool:
         if not seen:
             earlier.add(other)
     same = [u for u in source.users if u.args[1:] == changed.args[1:]]
+    if any(user.target in ("to", "float") for s in same for user in s.users if user is not node):
+        return False  # it may be the same tensor, and be read later
     return all(user is node or user in earlier for s in same for user in s.users)
 
 
