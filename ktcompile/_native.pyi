@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import enum
+from typing import Any
 
 
 class DType(enum.Enum):
@@ -360,7 +361,7 @@ class Opcode(enum.Enum):
 class Program:
     """Operations that run without Python, native/include/kt/program.h."""
 
-    def __init__(self, arguments: Sequence[Element]) -> None: ...
+    def __init__(self, tensors: Sequence[Element], whole: int, real: int) -> None: ...
 
     def add(self, op: Opcode, arrays: Sequence[int], outs: int, whole: Sequence[tuple[int, int]], real: Sequence[tuple[float, int]], packed: int) -> int:
         """
@@ -375,7 +376,22 @@ class Program:
     def set_experts(self, packed: int, experts: Experts, isa: str) -> None:
         """The experts must outlive calls that follow."""
 
-    def run(self, context: Context, isa: str, arguments: Sequence[tuple[int, Sequence[int], Sequence[int]]], whole: Sequence[int], real: Sequence[float], allocate: Callable[[Element, Sequence[int]], int]) -> list[tuple[int, int, list[int], list[int]]]:
+    def run(self, context: Context, isa: str, arguments: tuple[Any, ...], allocate: Callable[[Element, Sequence[int]], int]) -> list[tuple[int, int, list[int], list[int]]]:
         """
-        Return (where, offset, shape, strides) of each result; where: which of what `allocate(type, shape)` gave, or -1 - the number of an argument.
+        Arguments: tensors, whole and real numbers, and what the steps do not read. Return (where, offset, shape, strides) of each result; where: which of what `allocate(type, shape)` gave, or -1 - the number of an argument.
         """
+
+class Watch:
+    """
+    Tensors as they were: the same ones, in the same memory, not written to.
+    """
+
+    def __init__(self) -> None: ...
+
+    def add(self, position: int, tensor: object, storage: int) -> None:
+        """
+        Begin to watch an argument. storage: the address of its storage, which must be kept from having another tensor's.
+        """
+
+    def holds(self, arguments: tuple[Any, ...]) -> bool:
+        """Return whether those of a call are as they were."""

@@ -80,7 +80,7 @@ def _broadcast_shapes(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 def _build(opcode: Opcode, elements: list[Element], whole: list[Any], real: list[Any]) -> _native.Program:
-    made = _native.Program(elements)
+    made = _native.Program(elements, 0, 0)
     made.finish([made.add(opcode, list(range(len(elements))), 1, whole, real, -1)])
     return made
 
@@ -92,8 +92,7 @@ def _run(made: _native.Program, tensors: list[Tensor], dtype: torch.dtype, isa: 
         results.append(torch.empty(shape, dtype=dtype))
         return results[-1].data_ptr()
 
-    given = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
-    made.run(native_threads().context(), isa or machine().isa, given, [], [], allocate)
+    made.run(native_threads().context(), isa or machine().isa, tuple(tensors), allocate)
     return results[0]
 
 

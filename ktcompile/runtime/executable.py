@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ktcompile import _native
 from ktcompile.graph.gradients import needs_gradients
 from ktcompile.graph.owners import ParameterOwners
 from ktcompile.graph.packed import PACKED, GivenInput, PackedInput
@@ -43,13 +44,13 @@ class Executable:
         self._inner = inner
         self._direct = direct
         self._kept = tuple(kept)
-        self._packed = [_Found(p) for p in packed]
+        self._found = _Found(packed)
         self._placer = placer
         self._experts = [e.position if isinstance(e, GivenInput) else _Made(packed.index(e)) for e in experts]
         self._top_k = [_top_k(e) for e in experts]
 
     def __call__(self, *args: Any) -> Any:
-        layers = [found.layer(args) for found in self._packed]
+        layers = self._found.layers(args)
         given = [*(args[i] for i in self._kept), *(layers if self._direct else [layer.handle for layer in layers])]
         if self._placer is None or not self._experts:
             return self._inner(*given)
@@ -64,7 +65,7 @@ class Executable:
         placer has to see each call."""
         if self._placer is not None:
             return None
-        layers = [found.layer(args) for found in self._packed]
+        layers = self._found.layers(tuple(args))
         module = getattr(self._inner, "__self__", None)  # where nothing compiled the graph
         graph = module.graph if self._direct and isinstance(module, fx.GraphModule) else None
         packed = layers if self._direct else [layer.handle for layer in layers]
@@ -88,40 +89,36 @@ class _Made(NamedTuple):
 
 
 class _Found:
-    """The packed layer of the weights of the call before, which are nearly always those of the next."""
+    """The packed layers of the weights of the call before, which are nearly always those of the next."""
 
-    def __init__(self, packed: PackedInput) -> None:
-        self._packed = packed
-        self._positions = [i for i in packed.positions if i is not None]
-        self._seen: list[_Seen] = []
-        self._layer: weakref.ref[PackedExperts | PackedLinear] | None = None
+    def __init__(self, packed: Sequence[PackedInput]) -> None:
+        self._packed = tuple(packed)
+        self._watch: _native.Watch | None = None
+        self._layers: list[Callable[[], Any]] = []
+        self._storages: list[Any] = []
 
-    def layer(self, args: Sequence[Any]) -> PackedExperts | PackedLinear:
-        """Return the packed layer of the arguments of a call."""
-        layer = self._layer() if self._layer is not None else None
-        if layer is not None and all(s.is_still(args[i]) for s, i in zip(self._seen, self._positions, strict=True)):
-            return layer
-        layer = _get(self._packed, _weights(args, self._packed))
-        if not any(args[i].is_inference() for i in self._positions):  # these have no versions
-            self._seen = [_Seen(args[i]) for i in self._positions]
-            self._layer = weakref.ref(layer)
-        return layer
+    def layers(self, args: tuple[Any, ...]) -> list[Any]:
+        """Return the packed layers of the arguments of a call."""
+        if self._watch is not None and self._watch.holds(args):
+            layers = [layer() for layer in self._layers]
+            if all(layer is not None for layer in layers):
+                return layers
+        layers = [_get(p, _weights(args, p)) for p in self._packed]
+        self._see(args, layers)
+        return layers
 
-
-class _Seen:
-    """A tensor as it was. The weak reference to its storage keeps another one from having the same address."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor, self._version = weakref.ref(tensor), tensor._version
-        (self._storage,) = storages_of([tensor])
-
-    def is_still(self, tensor: torch.Tensor) -> bool:
-        """Return whether `tensor` is the one, in the same memory, and was not written to."""
-        return (
-            tensor is self._tensor()
-            and tensor._version == self._version
-            and tensor.untyped_storage()._cdata == self._storage.cdata
-        )
+    def _see(self, args: Sequence[Any], layers: Sequence[Any]) -> None:
+        positions = {i for p in self._packed for i in p.positions if i is not None}
+        self._watch = None
+        if any(args[i].is_inference() for i in positions):  # these have no versions
+            return
+        self._layers = [weakref.ref(layer) for layer in layers]
+        # Weak references to storages keep others from having the same address.
+        self._storages = list(storages_of([args[i] for i in sorted(positions)]))
+        watch = _native.Watch()
+        for i, storage in zip(sorted(positions), self._storages, strict=True):
+            watch.add(i, args[i], storage.cdata)
+        self._watch = watch
 
 
 def build(

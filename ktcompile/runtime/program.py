@@ -23,6 +23,7 @@ from ktcompile.machine import machine
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.observer import observe
+from ktcompile.ops.store import storages_of
 from ktcompile.ops.threads import native_threads
 from ktcompile.runtime.direct import call_directly
 from ktcompile.runtime.program_builder import ELEMENTS, Builder, UnsupportedError, changes_memory, value_of
@@ -151,72 +152,72 @@ def _may_be_view(node: fx.Node) -> bool:
     return node.op == "call_method" or getattr(node.target, "__name__", "") in _VIEWS
 
 
-class PartRecord(NamedTuple):
-    """A program, and which of a call's arguments are its tensors, its whole and real numbers, its packed layers."""
-
-    program: ProgramRecord
-    tensors: list[int]
-    whole: list[int]
-    real: list[int]
-    packed: list[int]
-
-    @classmethod
-    def of_json(cls, value: list[Any]) -> PartRecord:
-        """Return the record that JSON has as a list."""
-        program, *arguments = value
-        return cls(ProgramRecord.of_json(program), *arguments)
-
-
 class Part:
-    """Nodes that run as one program. plain: what runs them one by one, where somebody has to see what experts are asked
-    for; None: that cannot be seen."""
+    """Nodes that run as one program, whose arguments come first in a call. plain: what runs them one by one, where
+    somebody has to see what experts are asked for; None: that cannot be seen."""
 
-    def __init__(self, record: PartRecord, plain: Callable[..., tuple[Tensor, ...]] | None = None) -> None:
+    def __init__(self, record: ProgramRecord, plain: Callable[..., tuple[Tensor, ...]] | None = None) -> None:
         self.record = record
-        program, self._tensors, self._whole, self._real, self._packed = record
-        self._program = program.program()
-        self._bound: list[Callable[[], Any]] = []
+        begin = len(record.tensors) + record.whole + record.real
+        self._packed = slice(begin, begin + record.packed)
+        self._program = record.program()
+        # The layers of the call before, and what it was given for them: themselves, or their handles.
+        self._layers: list[Callable[[], Any]] = []
+        self._given: list[Callable[[], Any]] = []
+        self._handles = _native.Watch()
+        self._storages: tuple[Any, ...] = ()  # kept so that no other has its address
+        self._has_experts = False
         self._plain = plain
         self._isa = machine().isa
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        layers = [_layer(args[i]) for i in self._packed]
-        if not self._bind(layers):
+        if not self._bind(args):
             if self._plain is None:
                 raise RuntimeError("what experts are asked for cannot be seen in a model that was not traced")
             return self._plain(*args)
-        tensors = [args[i] for i in self._tensors]
         made: list[Tensor] = []
 
         def allocate(element: _native.Element, shape: Sequence[int]) -> int:
             made.append(torch.empty(shape, dtype=_DTYPES[element]))
             return made[-1].data_ptr()
 
-        found = self._program.run(
-            native_threads().context(),
-            self._isa,
-            [(t.data_ptr(), t.shape, t.stride()) for t in tensors],
-            [args[i] for i in self._whole],
-            [args[i] for i in self._real],
-            allocate,
-        )
-        return tuple(_view(made, tensors, *place) for place in found)
+        found = self._program.run(native_threads().context(), self._isa, args, allocate)
+        return tuple(_view(made, args, *place) for place in found)
 
-    def _bind(self, layers: list[Any]) -> bool:
+    def _bind(self, args: tuple[Any, ...]) -> bool:
         """Give the program its weights; return whether it can run: nobody has to see what experts are asked for."""
-        if observe.active and any(isinstance(layer, PackedExperts) for layer in layers):
-            return False
-        if len(self._bound) != len(layers) or any(
-            seen() is not layer for seen, layer in zip(self._bound, layers, strict=True)
-        ):
-            for layer in layers:
-                if isinstance(layer, PackedExperts) and (layer.split is not None or layer.first_call is not None):
-                    return False
+        given = args[self._packed]
+        if not self._are_bound(args, given):
+            layers: list[Any] = [_layer(g) for g in given]
+            experts = [layer for layer in layers if isinstance(layer, PackedExperts)]
+            if any(layer.split is not None or layer.first_call is not None for layer in experts):
+                return False
             for i, layer in enumerate(layers):
                 set_layer = self._program.set_linear if isinstance(layer, PackedLinear) else self._program.set_experts
                 set_layer(i, layer.native, layer.isa)
-            self._bound = [weakref.ref(layer) for layer in layers]
-        return True
+            self._see(given, layers)
+        return not (observe.active and self._has_experts)
+
+    def _are_bound(self, args: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
+        """Return whether the program has the weights of a call."""
+        return (
+            len(self._given) == len(given)
+            and self._handles.holds(args)
+            and all(seen() is g for seen, g in zip(self._given, given, strict=True))
+            and all(layer() is not None for layer in self._layers)
+        )
+
+    def _see(self, given: Sequence[Any], layers: Sequence[Any]) -> None:
+        self._has_experts = any(isinstance(layer, PackedExperts) for layer in layers)
+        handles = [i for i, g in enumerate(given) if isinstance(g, Tensor)]
+        if any(given[i].is_inference() for i in handles):  # these have no versions
+            return
+        self._given = [weakref.ref(g) for g in given]
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._handles = _native.Watch()
+        self._storages = storages_of([given[i] for i in handles])
+        for i, storage in zip(handles, self._storages, strict=True):
+            self._handles.add(self._packed.start + i, given[i], storage.cdata)
 
 
 def _layer(given: PackedExperts | PackedLinear | Tensor) -> PackedExperts | PackedLinear:
@@ -225,10 +226,10 @@ def _layer(given: PackedExperts | PackedLinear | Tensor) -> PackedExperts | Pack
 
 
 def _view(
-    made: list[Tensor], tensors: list[Tensor], where: int, offset: int, shape: list[int], strides: list[int]
+    made: Sequence[Tensor], args: Sequence[Tensor], where: int, offset: int, shape: list[int], strides: list[int]
 ) -> Tensor:
     if where < 0:
-        base = tensors[-1 - where]
+        base = args[-1 - where]
         return base.as_strided(shape, strides, base.storage_offset() + offset)
     base = made[where]
     if offset == 0 and list(base.shape) == shape and list(base.stride()) == strides:
@@ -258,13 +259,7 @@ def _part(nodes: Sequence[fx.Node]) -> _Nodes | None:
     inputs = builder.inputs
     # What no step reads is there for `_plain`.
     inputs += dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside and i not in inputs)
-    numbers = builder.whole_inputs, builder.real_inputs, builder.packed_inputs
-    record = PartRecord(
-        builder.record(outputs),
-        [i for i, n in enumerate(inputs) if n in builder.tensor_inputs],
-        *([inputs.index(n) for n in some] for some in numbers),
-    )
-    return _Nodes(Part(record, _plain(nodes, inputs, outputs)), inputs, outputs)
+    return _Nodes(Part(builder.record(outputs), _plain(nodes, inputs, outputs)), inputs, outputs)
 
 
 def _plain(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Callable[..., Any]:

@@ -64,8 +64,15 @@ class Builder:
         for place, (op, arrays, outs, whole, real, packed) in enumerate(self._steps):
             steps.append(Step(op.name, [numbers[a] for a in arrays], outs, whole, real, packed))
             numbers |= {(place, i): len(numbers) + i for i in range(outs)}
-        arguments = [ELEMENTS[tensor_of(n).dtype].name for n in self.tensor_inputs]
-        return ProgramRecord(arguments, steps, [numbers[self.arrays[n]] for n in outputs])
+        tensors = [ELEMENTS[tensor_of(n).dtype].name for n in self.tensor_inputs]
+        return ProgramRecord(
+            tensors,
+            len(self.whole_inputs),
+            len(self.real_inputs),
+            len(self.packed_inputs),
+            steps,
+            [numbers[self.arrays[n]] for n in outputs],
+        )
 
     def step(
         self,
@@ -166,6 +173,8 @@ def is_fresh(node: fx.Node) -> bool:
         if not seen:
             earlier.add(other)
     same = [u for u in source.users if u.args[1:] == changed.args[1:]]
+    if any(user.target in ("to", "float") for s in same for user in s.users if user is not node):
+        return False  # it may be the same tensor, and be read later
     return all(user is node or user in earlier for s in same for user in s.users)
 
 

@@ -20,21 +20,26 @@ class Step(NamedTuple):
 
 
 class ProgramRecord(NamedTuple):
-    """A program. arguments: names of the elements of its tensors. results: the numbers of the arrays it returns."""
+    """A program. tensors: names of the elements of those that it is given; whole, real, packed: how many numbers and
+    layers come behind them. results: the numbers of the arrays that it returns."""
 
-    arguments: list[str]
+    tensors: list[str]
+    whole: int
+    real: int
+    packed: int
     steps: list[Step]
     results: list[int]
 
     @classmethod
     def of_json(cls, value: list[Any]) -> ProgramRecord:
         """Return the record that JSON has as a list."""
-        arguments, steps, results = value
-        return cls(arguments, [Step(*step) for step in steps], results)
+        tensors, whole, real, packed, steps, results = value
+        return cls(tensors, whole, real, packed, [Step(*step) for step in steps], results)
 
     def program(self) -> _native.Program:
         """Return the program. ValueError: steps or arrays are not such of one."""
-        program = _native.Program([getattr(_native.Element, name) for name in self.arguments])
+        elements = [getattr(_native.Element, name) for name in self.tensors]
+        program = _native.Program(elements, self.whole, self.real)
         for op, arrays, outs, whole, real, packed in self.steps:
             numbers = [(value, place) for value, place in whole], [(value, place) for value, place in real]
             program.add(getattr(_native.Opcode, op), arrays, outs, *numbers, packed)

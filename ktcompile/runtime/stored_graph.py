@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ktcompile.runtime.program import Part, PartRecord, function_of
+from ktcompile.runtime.program import Part, function_of
+from ktcompile.runtime.program_record import ProgramRecord
 
 _MODULES = ("torch.nn.functional", "torch.functional", "torch._C._nn", "_operator", "ktcompile.runtime.direct")
 _OF_TORCH = torch._C._VariableFunctions  # its functions are torch's, which names no module for them
@@ -29,7 +30,7 @@ class NotStorableError(Exception):
 
 def to_json(graph: fx.Graph) -> dict[str, Any]:
     """Return a graph of `with_programs` as JSON has it. NotStorableError: it cannot be stored."""
-    parts: list[PartRecord] = []
+    parts: list[ProgramRecord] = []
     nodes = []
     for node in graph.nodes:
         if node.target in _SILENT:
@@ -51,7 +52,7 @@ def to_json(graph: fx.Graph) -> dict[str, Any]:
 
 def of_json(stored: dict[str, Any]) -> fx.GraphModule:
     """Return the graph that `to_json` gave, ready to be called. ValueError: it is of another version."""
-    parts = [Part(PartRecord.of_json(record)) for record in stored["parts"]]
+    parts = [Part(ProgramRecord.of_json(record)) for record in stored["parts"]]
     graph, values = fx.Graph(), dict[str, fx.Node]()
     for op, name, target, args, kwargs in stored["nodes"]:
         if op == "call_function":

@@ -4,6 +4,7 @@
 #include <kt/isa.h>
 #include <nanobind/nanobind.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -34,4 +35,24 @@ struct packed_linear {
   }
 };
 
+using arguments_of_call = nanobind::typed<nanobind::tuple, nanobind::any, nanobind::ellipsis>;
+
+// What Python says of a tensor, by names that are made once.
+inline nanobind::object result_of(nanobind::handle h, PyObject* method) {
+  PyObject* found = PyObject_CallMethodNoArgs(h.ptr(), method);
+  if (!found) nanobind::raise_python_error();
+  return nanobind::steal(found);
+}
+inline nanobind::object attribute_of(nanobind::handle h, PyObject* name) {
+  PyObject* found = PyObject_GetAttr(h.ptr(), name);
+  if (!found) nanobind::raise_python_error();
+  return nanobind::steal(found);
+}
+inline std::int64_t integer(nanobind::handle h) {
+  const std::int64_t value = PyLong_AsLongLong(h.ptr());
+  if (value == -1 && PyErr_Occurred()) nanobind::raise_python_error();
+  return value;
+}
+
 void bind_program(nanobind::module_& m);
+void bind_watch(nanobind::module_& m);

@@ -562,4 +562,5 @@ NB_MODULE(_native, m) {
           "isa"_a, "int8"_a, "seconds"_a, nb::call_guard<nb::gil_scoped_release>(),
           "Operations per second of the products that the kernels use, of floats or of int8, in `seconds`.");
   bind_program(m);
+  bind_watch(m);
 }

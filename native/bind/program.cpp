@@ -12,37 +12,52 @@ using namespace nb::literals;
 
 namespace {
 
-// (address, shape, strides in elements)
-using tensor = std::tuple<std::uintptr_t, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 // (where: a result's number or -1 - that of an argument, offset, shape, strides)
 using view_of = std::tuple<int, std::int64_t, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 
 using allocator = nb::typed<nb::callable, std::uintptr_t(kt::element, std::vector<std::int64_t>)>;
 
 struct bound_program {
-  std::vector<kt::element> types;
+  std::vector<kt::element> types;  // of the tensors that a call is given first
+  std::size_t whole, real;         // numbers that follow them
   kt::program program;
-  explicit bound_program(std::vector<kt::element> t) : types(std::move(t)), program(static_cast<int>(types.size())) {}
+  bound_program(std::vector<kt::element> t, std::size_t n, std::size_t x)
+      : types(std::move(t)), whole(n), real(x), program(static_cast<int>(types.size())) {}
 };
 
-kt::array array_of(const tensor& t, kt::element type) {
-  const auto& [data, shape, strides] = t;
-  if (shape.size() > kt::most_dimensions) throw std::invalid_argument("program: too many dimensions");
+void read_sizes(const nb::object& sizes, std::int64_t* to) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes.ptr()); ++i) to[i] = integer(PyTuple_GET_ITEM(sizes.ptr(), i));
+}
+
+kt::array array_of(nb::handle tensor, kt::element type) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const shape_of = PyUnicode_InternFromString("shape");
+  static PyObject* const stride = PyUnicode_InternFromString("stride");
+  const nb::object shape = attribute_of(tensor, shape_of), strides = result_of(tensor, stride);
+  if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(strides.ptr())) throw std::invalid_argument("program: no tensor");
+  const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
+  if (rank > kt::most_dimensions || PyTuple_GET_SIZE(strides.ptr()) != rank)
+    throw std::invalid_argument("program: too many dimensions");
   kt::array a;
-  a.data = address<char>(data);
+  a.data = address<char>(static_cast<std::uintptr_t>(integer(result_of(tensor, data_ptr))));
   a.type = type;
-  a.rank = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), a.shape);
-  std::copy(strides.begin(), strides.end(), a.strides);
+  a.rank = static_cast<int>(rank);
+  read_sizes(shape, a.shape);
+  read_sizes(strides, a.strides);
   return a;
 }
 
 std::vector<view_of> run(bound_program& self, kt::context& context, const std::string& isa,
-                         const std::vector<tensor>& arguments, const std::vector<std::int64_t>& whole,
-                         const std::vector<double>& real, const allocator& allocate) {
-  if (arguments.size() != self.types.size()) throw std::invalid_argument("program: another number of arguments");
+                         const arguments_of_call& arguments, const allocator& allocate) {
+  const std::size_t tensors = self.types.size(), numbers = tensors + self.whole;
+  if (arguments.size() < numbers + self.real) throw std::invalid_argument("program: too few arguments");
   std::vector<kt::array> arrays;
-  for (std::size_t i = 0; i < arguments.size(); ++i) arrays.push_back(array_of(arguments[i], self.types[i]));
+  arrays.reserve(tensors);
+  for (std::size_t i = 0; i < tensors; ++i) arrays.push_back(array_of(arguments[i], self.types[i]));
+  std::vector<std::int64_t> whole;
+  for (std::size_t i = tensors; i < numbers; ++i) whole.push_back(integer(arguments[i]));
+  std::vector<double> real;
+  for (std::size_t i = 0; i < self.real; ++i) real.push_back(nb::cast<double>(arguments[numbers + i]));
   const auto memory = [&](kt::element type, const std::int64_t* shape, int rank) {
     const nb::gil_scoped_acquire gil;
     return address<void>(nb::cast<std::uintptr_t>(allocate(type, std::vector<std::int64_t>(shape, shape + rank))));
@@ -118,7 +133,7 @@ void bind_program(nb::module_& m) {
       .value("index_select", kt::opcode::index_select)
       .value("index_copy", kt::opcode::index_copy);
   nb::class_<bound_program>(m, "Program", "Operations that run without Python, native/include/kt/program.h.")
-      .def(nb::init<std::vector<kt::element>>(), "arguments"_a)
+      .def(nb::init<std::vector<kt::element>, std::size_t, std::size_t>(), "tensors"_a, "whole"_a, "real"_a)
       .def(
           "add",
           [](bound_program& self, kt::opcode op, std::vector<int> in, int outs,
@@ -148,7 +163,8 @@ void bind_program(nb::module_& m) {
             self.program.set_experts(packed, &e, &isa_named(isa));
           },
           "packed"_a, "experts"_a, "isa"_a, "The experts must outlive calls that follow.")
-      .def("run", run, "context"_a, "isa"_a, "arguments"_a, "whole"_a, "real"_a, "allocate"_a,
-           "Return (where, offset, shape, strides) of each result; where: which of what `allocate(type, shape)` gave, "
+      .def("run", run, "context"_a, "isa"_a, "arguments"_a, "allocate"_a,
+           "Arguments: tensors, whole and real numbers, and what the steps do not read. Return (where, offset, shape, "
+           "strides) of each result; where: which of what `allocate(type, shape)` gave, "
            "or -1 - the number of an argument.");
 }
