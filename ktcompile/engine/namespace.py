@@ -22,7 +22,7 @@ from ktcompile.models.load import folder_of
 from ktcompile.models.packed_cache import file_facts
 
 # Goes up when kernels give other bits for the same tokens.
-_NUMERICS = 1
+_NUMERICS = 2
 
 
 def namespace_of(
