@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import astuple
-from importlib.metadata import version
 from typing import Any
 
 import torch
+import transformers
 
 import ktcompile
 from ktcompile import _native
@@ -40,7 +40,7 @@ def namespace_of(
     """
     arithmetic = {
         "version": _NUMERICS,
-        "releases": [ktcompile.__version__, torch.__version__, version("transformers")],
+        "releases": [ktcompile.__version__, torch.__version__, transformers.__version__],
         "layout": _native.LAYOUT_VERSION,
         "isa": machine().isa,
         "dtype": summary.dtype,
@@ -75,12 +75,10 @@ def weights_of(name: str, options: EngineOptions) -> str | None:
 
 def _tokenizer_digest(tokenizer: Any) -> str:
     """Return the digest of what a tokenizer is; of one that is none of transformers' the name of its class."""
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
     kind = type(tokenizer)
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
+    if isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         digested = tokenizer.backend_tokenizer.to_str()
-    elif isinstance(tokenizer, PreTrainedTokenizerBase):
+    elif isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
         digested = text(tokenizer.get_vocab())
     else:
         digested = f"{kind.__module__}.{kind.__qualname__}"
