@@ -259,6 +259,33 @@ def test_a_step_that_gives_other_logits_is_traced_anew(model_folder, cache, capl
     assert next_start(model_folder, cache) is None
 
 
+def without_last_part(graph):
+    return {**graph, "parts": graph["parts"][:-1]}
+
+
+def with_another_step(graph):
+    (part, *rest) = graph["parts"]
+    step = part.steps[-1]._replace(op="no_such")
+    return {**graph, "parts": [part._replace(steps=[*part.steps[:-1], step]), *rest]}
+
+
+def with_another_number(graph):
+    (part, *rest) = graph["parts"]
+    reshapes = [i for i, step in enumerate(part.steps) if step.op == "reshape"]
+    steps = list(part.steps)
+    steps[reshapes[0]] = steps[reshapes[0]]._replace(whole=[(12345, -1)])
+    return {**graph, "parts": [part._replace(steps=steps), *rest]}
+
+
+@pytest.mark.parametrize("change", [without_last_part, with_another_step, with_another_number])
+def test_a_file_that_other_code_wrote_is_replaced(change, model_folder, cache, caplog, monkeypatch):
+    plain = kept_step.to_json
+    monkeypatch.setattr(kept_step, "to_json", lambda graph: change(plain(graph)))
+    first_start(model_folder, cache)
+    assert next_start(model_folder, cache) is None
+    assert "is not used, and replaced" in caplog.text
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_whatever_fails_the_engine_starts(number, model_folder, tmp_path, caplog):
     """The n-th call to the system fails, of all that write a step, and of all that read it."""

@@ -9,7 +9,7 @@ the same ones by nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +59,7 @@ class KeptStep:
     experts: packed, of each layer that has such."""
 
     def __init__(self, header: dict[str, Any], file: PackedFile, weights: PackedFile) -> None:
-        """Read two files of the cache. KeyError, TypeError, ValueError, as PackedFileError: they are damaged."""
+        """Read two files of the cache. Any error but OSError: they are damaged, or of another version."""
         memory = file.map()
         verify(memory, payloads(header))
         specs = {path: ExpertsSpec.decode(spec) for path, spec in header["specs"].items()}
@@ -68,7 +68,7 @@ class KeptStep:
         self._handles = {path: layer.handle for path, layer in experts.items()}
         begin, owner = address_of(memory)
         self._packed = [_linear(record, begin, owner) for record in header["linear"].values()]
-        self._header = header
+        self._header, self._module = header, of_json(header["graph"])
         (example,) = header["tensors"]
         places = places_in(begin, [example["payload"]])
         self._example = torch.frombuffer(bytearray(bytes_at(*places[0])), dtype=torch.float32).view(example["shape"])
@@ -93,19 +93,22 @@ class KeptStep:
                     given.append(getattr(inputs, where[0]))
                 case _:  # what steps bring, or nobody reads
                     given.append(None)
-        module = of_json(self._header["graph"])
         from_step = tuple(FromStep(*each) for each in self._header["from_step"])
         layers = [self._packed[i] for i in self._header["packed"]]
-        return StepGraph(module.forward, given, from_step, layers, module.graph)
+        return StepGraph(self._module.forward, given, from_step, layers, self._module.graph)
 
-    def check(self, logits: Tensor) -> None:
-        """KeptStepError: the example has other logits than the start had that kept it."""
+    def check(self, run: Callable[[], Tensor]) -> None:
+        """KeptStepError: the example, which `run` computes, has other logits than the start had that kept it."""
         same_kernels = self._header["isa"] == machine().isa
+        try:
+            logits = run()
+        except Exception as error:
+            raise KeptStepError(f"it cannot be run: {error}") from error
         if torch.equal(logits, self._example):
             return
-        error = float((logits - self._example).norm() / self._example.norm())
-        if same_kernels or not error < _ROUNDING:
-            raise KeptStepError(f"it gives other logits than it did (relative error {error:.2g})")
+        off = float((logits - self._example).norm() / self._example.norm())
+        if same_kernels or not off < _ROUNDING:
+            raise KeptStepError(f"it gives other logits than it did (relative error {off:.2g})")
 
 
 def find(name: str, options: EngineOptions, cache_option: str | Path | None) -> KeptStep | None:
@@ -122,7 +125,9 @@ def find(name: str, options: EngineOptions, cache_option: str | Path | None) -> 
             if file is not None and weights is not None:
                 try:
                     return KeptStep(file.header, file, weights)
-                except (PackedFileError, KeyError, TypeError, ValueError, AttributeError) as error:
+                except OSError:
+                    raise
+                except Exception as error:
                     logger.warning("the kept step %s is not used, and replaced: %s", cache.path(key), error)
     return None
 

@@ -94,7 +94,7 @@ class ModelRunner:
         self.graph = kept.graph(self.storage, self.inputs)
         self._forward = self.graph.forward()
         with torch.no_grad():
-            kept.check(self.example_logits(options.block_size))
+            kept.check(lambda: self.example_logits(options.block_size))
         return self
 
     def _make_room(self, layers: Sequence[LayerKV], options: EngineOptions, note: Callable[[str], None]) -> None:
