@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import subprocess
 import sys
@@ -432,3 +433,25 @@ def test_mode_is_handed_to_inductor() -> None:
     model = make_model()
     compiled = torch.compile(model, backend="kt", mode="max-autotune-no-cudagraphs")
     assert relative_error(logits(compiled, ids(9)), logits(model, ids(9))) < 1e-5
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="this torch compiles all alike"
+)
+def test_models_of_one_class_keep_apart_where_guards_on_modules_are_left_out() -> None:
+    """As README.md says it is done; and weights that are written to are seen, since guards have no part in it."""
+    for layers in (1, 2):
+        model = make_model(num_hidden_layers=layers)
+        compiled = torch.compile(
+            model,
+            backend="kt",
+            isolate_recompiles=True,
+            options={"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        )
+        with torch.no_grad():
+            for length in (6, 1, 4):
+                wanted = model(ids(length)).logits
+                assert relative_error(compiled(ids(length)).logits, wanted) < 1e-5
+            model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+            wanted = model(ids(4)).logits
+            assert relative_error(compiled(ids(4)).logits, wanted) < 1e-5

@@ -19,10 +19,11 @@ class watch {
   }
 
   bool holds(const arguments_of_call& arguments) const {
-    for (const seen& s : seen_) {
+    for (const watched& s : seen_) {
       if (s.position >= arguments.size()) return false;
       const nb::handle tensor = arguments[s.position];
-      if (PyWeakref_GetObject(s.reference.ptr()) != tensor.ptr()) return false;
+      const PyObject* seen = PyWeakref_GetObject(s.reference.ptr());
+      if (seen == Py_None || seen != tensor.ptr()) return false;  // None: it is gone
       if (integer(attribute_of(tensor, version())) != s.version) return false;
       const nb::object storage = attribute_of(result_of(tensor, untyped_storage()), cdata());
       if (static_cast<std::uintptr_t>(integer(storage)) != s.storage) return false;
@@ -31,7 +32,7 @@ class watch {
   }
 
  private:
-  struct seen {
+  struct watched {
     std::size_t position;
     nb::object reference;
     std::int64_t version;
@@ -49,7 +50,7 @@ class watch {
     static PyObject* const name = PyUnicode_InternFromString("_cdata");
     return name;
   }
-  std::vector<seen> seen_;
+  std::vector<watched> seen_;
 };
 
 }  // namespace
