@@ -18,11 +18,11 @@ struct elementwise_job {
   const void* b;  // null: there is none, or it is `number`
   std::ptrdiff_t b_stride;
   bool b_single;  // b has one element for each row
-  float number;   // b of all elements
   dtype type;     // of a and b
   void* out;
   dtype out_type;
   std::size_t size;  // of a row
+  float number = 0;  // b of all elements
 };
 
 // out = e^(x - max) / sum. Order of summation: 32 partial sums, of the elements i with i % 32 = 0, 1, ...; then the
