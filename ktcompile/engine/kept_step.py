@@ -22,7 +22,7 @@ from torch import Tensor
 import ktcompile
 from ktcompile.engine.inputs import StepInputs
 from ktcompile.engine.options import EngineOptions
-from ktcompile.engine.step_graph import FromStep, StepGraph
+from ktcompile.engine.step_graph import ROUNDING, FromStep, StepGraph
 from ktcompile.engine.summary import ModelSummary
 from ktcompile.kv.layout import LayerKV
 from ktcompile.log import logger
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 # Goes up when the same options keep something else.
 _VERSION = 1
-# Relative errors of logits that other kernels make are below this.
-_ROUNDING = 0.2
 _INPUTS = ("block_table", "lengths", "query_starts")
 _EXAMPLE = "logits of the example"
 
@@ -107,7 +105,7 @@ class KeptStep:
         if torch.equal(logits, self._example):
             return
         off = float((logits - self._example).norm() / self._example.norm())
-        if same_kernels or not off < _ROUNDING:
+        if same_kernels or not off < ROUNDING:
             raise KeptStepError(f"it gives other logits than it did (relative error {off:.2g})")
 
 

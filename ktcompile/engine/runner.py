@@ -16,7 +16,7 @@ from torch import Tensor
 from ktcompile.engine.inputs import StepInputs
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.probe import UnsupportedModelError, attention_calls, paged_implementation
-from ktcompile.engine.step_graph import StepGraph
+from ktcompile.engine.step_graph import ROUNDING, StepGraph
 from ktcompile.engine.summary import ModelSummary
 from ktcompile.kv.layout import LayerKV, block_bytes, blocks_for, num_blocks
 from ktcompile.kv.storage import allocate, default_budget, latent_kv, layer_kv
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 # Where neither the model nor an option says.
 _LONGEST = 32768
-# Relative errors of logits that arithmetic makes are below this.
-_ROUNDING = 0.2
 
 
 class StepLogits(NamedTuple):
@@ -199,7 +197,7 @@ class ModelRunner:
         """UnsupportedModelError: a token has other logits in other company, so layers keep something that is not in the
         blocks, or mix tokens."""
         error = self._error_of_company(block_size)
-        if not error < _ROUNDING:
+        if not error < ROUNDING:
             raise UnsupportedModelError(
                 f"{self.summary.kind} gives a token other logits in other company (relative error {error:.2g}):"
                 " layers keep something of a sequence that is not keys and values, or mix tokens"
@@ -209,7 +207,7 @@ class ModelRunner:
         """Warn if a token's bits depend on its company. RuntimeError: more than rounding does."""
         name = self.summary.kind
         error = self._error_of_company(block_size)
-        if not error < _ROUNDING:
+        if not error < ROUNDING:
             raise RuntimeError(f"{name}, compiled, gives a token other logits in other company ({error:.2g})")
         if error > 0:
             warn_once(f"{name} rounds a token's logits otherwise in other company (relative error {error:.2g})")

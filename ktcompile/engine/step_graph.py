@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
+# Relative errors of logits that arithmetic makes are below this.
+ROUNDING = 0.2
+
 
 class FromStep(NamedTuple):
     """An argument of a graph that each step brings. place: among the arguments. which: of the step's tensors; dim: a
