@@ -202,6 +202,9 @@ class Linear:
         """
 
     @property
+    def format(self) -> Format: ...
+
+    @property
     def nbytes(self) -> int: ...
 
 def use_openmp(parallel: int, thread: int, threads: int, most_threads: int) -> None: ...

@@ -17,7 +17,6 @@ from ktcompile.engine import kept_step
 from ktcompile.engine.answers import Answer, Delta, ServedRequest
 from ktcompile.engine.completion import Completion, with_texts
 from ktcompile.engine.generate import end_tokens
-from ktcompile.engine.kept_step import KeptStepError
 from ktcompile.engine.namespace import namespace_of, weights_of
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.outputs import FinishReason, Logprobs
@@ -432,7 +431,7 @@ def _continued(
     note("going on with the step that an earlier start traced")
     try:
         return ModelRunner.of_kept(kept, options, note)
-    except KeptStepError as error:
+    except kept_step.KeptStepError as error:
         logger.warning("the kept step of %s is not used, and replaced: %s", name, error)
         return None
 

@@ -30,10 +30,10 @@ from ktcompile.machine import machine
 from ktcompile.models import hf_experts
 from ktcompile.models.load import folder_of
 from ktcompile.models.packed_cache import PackedCache, cache_for, key_of
-from ktcompile.models.packed_file import PackedFile, PackedFileError, PackedFileWriter, address_of, verify
-from ktcompile.models.packed_model import bytes_at, formats_of, open_parts, payloads, places_in
+from ktcompile.models.packed_file import PackedFile, PackedFileError, address_of, verify
+from ktcompile.models.packed_model import mapped_layer, open_parts, payloads, tensors_of, write_layer, write_tensor
 from ktcompile.ops.experts import PackedExperts
-from ktcompile.ops.linear import MappedLinear, PackedLinear
+from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.spec import ExpertsSpec
 from ktcompile.quant import full_name
 from ktcompile.runtime.stored_graph import NotStorableError, of_json, to_json
@@ -61,15 +61,14 @@ class KeptStep:
         memory = file.map()
         verify(memory, payloads(header))
         specs = {path: ExpertsSpec.decode(spec) for path, spec in header["specs"].items()}
-        names = [name for kind, *name in header["given"] if kind == "tensor"]
-        self._tensors, experts = open_parts(weights, [name for (name,) in names], specs)
+        names = [where[1] for where in header["given"] if where[0] == "tensor"]
+        self._tensors, experts = open_parts(weights, names, specs)
         self._handles = {path: layer.handle for path, layer in experts.items()}
         begin, owner = address_of(memory)
-        self._packed = [_linear(record, begin, owner) for record in header["linear"].values()]
+        self._packed = [PackedLinear.mapped(mapped_layer(each, begin, owner)) for each in header["linear"].values()]
         self._header, self._module = header, of_json(header["graph"])
         (example,) = header["tensors"]
-        places = places_in(begin, [example["payload"]])
-        self._example = torch.frombuffer(bytearray(bytes_at(*places[0])), dtype=torch.float32).view(example["shape"])
+        self._example = tensors_of(example, file.map_private(file.size))[_EXAMPLE].clone()
         self.summary = ModelSummary.of_json(header["summary"])
         self.kv_format: str = header["kv_format"]
         self.layers = [LayerKV(**layer) for layer in header["layers"]]
@@ -97,7 +96,6 @@ class KeptStep:
 
     def check(self, run: Callable[[], Tensor]) -> None:
         """KeptStepError: the example, which `run` computes, has other logits than the start had that kept it."""
-        same_kernels = self._header["isa"] == machine().isa
         try:
             logits = run()
         except Exception as error:
@@ -105,7 +103,7 @@ class KeptStep:
         if torch.equal(logits, self._example):
             return
         off = float((logits - self._example).norm() / self._example.norm())
-        if same_kernels or not off < ROUNDING:
+        if self._header["isa"] == machine().isa or not off < ROUNDING:
             raise KeptStepError(f"it gives other logits than it did (relative error {off:.2g})")
 
 
@@ -154,9 +152,12 @@ def keep(runner: ModelRunner, name: str, options: EngineOptions, cache_option: s
                 "weight_format": full_name(options.weight_format),
                 "kind": "step",
                 "weights": weights_key,
-                "tensors": [_write_example(writer, example)],
+                "tensors": [write_tensor(writer, _EXAMPLE, example)],
                 "experts": {},
-                "linear": {f"linear layer {i}": _write_linear(writer, layer) for i, layer in enumerate(linear)},
+                "linear": {
+                    f"linear layer {i}": write_layer(writer, each, (each.heads, each.out_features, each.in_features))
+                    for i, each in enumerate(linear)
+                },
                 "packed": [linear.index(layer) for layer in runner.graph.layers],
                 "specs": specs,
                 "given": given,
@@ -231,11 +232,14 @@ def _given(runner: ModelRunner, graph: StepGraph) -> tuple[list[list[Any]], dict
     for i, layer in enumerate(runner.storage):
         known |= {id(tensor): ["storage", i, part] for part, tensor in enumerate(layer[:4]) if tensor is not None}
     known |= {id(getattr(runner.inputs, name)): ["input", name] for name in _INPUTS}
-    given = [["none"] if value is None else known.get(id(value)) for value in graph.given]
-    if None in given:
-        raise NotStorableError("a tensor that is not one of the model's")
-    used = {where[0] for kind, *where in filter(None, given) if kind == "experts"}
-    return [each for each in given if each is not None], {path: specs[path] for path in specs if path in used}
+    given = []
+    for value in graph.given:
+        where = ["none"] if value is None else known.get(id(value))
+        if where is None:
+            raise NotStorableError("a tensor that is not one of the model's")
+        given.append(where)
+    used = {where[1] for where in given if where[0] == "experts"}
+    return given, {path: spec for path, spec in specs.items() if path in used}
 
 
 def _distinct(layers: Sequence[object]) -> list[PackedLinear]:
@@ -247,24 +251,3 @@ def _distinct(layers: Sequence[object]) -> list[PackedLinear]:
         if layer not in found:
             found.append(layer)
     return found
-
-
-def _write_linear(writer: PackedFileWriter, layer: PackedLinear) -> dict[str, Any]:
-    return {
-        "shape": [layer.heads, layer.out_features, layer.in_features],
-        "format": layer.format.name,
-        "scale": layer.native_format.scale.name,
-        "memory": [writer.add(bytes_at(*place)).record() for place in layer.native.memory],
-    }
-
-
-def _linear(record: dict[str, Any], begin: int, owner: object) -> PackedLinear:
-    stored, native = formats_of(record)
-    places = places_in(begin, record["memory"])
-    return PackedLinear.mapped(MappedLinear(tuple(record["shape"]), stored, native, places, owner))
-
-
-def _write_example(writer: PackedFileWriter, logits: Tensor) -> dict[str, Any]:
-    values: Any = logits.contiguous().view(-1).view(torch.uint8).numpy()
-    payload = writer.add(memoryview(values))
-    return {"names": [_EXAMPLE], "dtype": "F32", "shape": list(logits.shape), "payload": payload.record()}

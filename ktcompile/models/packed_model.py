@@ -25,9 +25,11 @@ from ktcompile.models.packed_cache import PackedCache
 from ktcompile.models.packed_file import PackedFile, PackedFileError, PackedFileWriter, Payload, address_of, verify
 from ktcompile.models.stored_model import reader_of
 from ktcompile.models.tensor_files import DTYPES
-from ktcompile.ops.experts import MappedExperts, PackedExperts
+from ktcompile.ops.experts import PackedExperts
+from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.spec import ExpertsSpec
-from ktcompile.quant import FORMATS, WeightFormat, full_name
+from ktcompile.ops.weights import MappedLayer
+from ktcompile.quant import FORMATS, full_name
 
 if TYPE_CHECKING:
     import mmap
@@ -123,7 +125,7 @@ def open_parts(
     known = {path: header["experts"][path] for path in experts}
     _verify(file, memory, {"tensors": records, "experts": known, "plain_end": header["plain_end"]})
     private = file.map_private(header["plain_end"])
-    tensors = {name: tensor for record in records for name, tensor in _tensors(record, private).items()}
+    tensors = {name: tensor for record in records for name, tensor in tensors_of(record, private).items()}
     begin, owner = address_of(memory)
     layers = {}
     for path, record in known.items():
@@ -145,29 +147,40 @@ def _write_tensors(writer: PackedFileWriter, model: nn.Module) -> tuple[list[dic
         if id(tensor) in records:
             records[id(tensor)]["names"].append(name)
             continue
-        values: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        payload = writer.add(memoryview(values))
-        records[id(tensor)] = {
-            "names": [name],
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "payload": payload.record(),
-        }
+        records[id(tensor)] = write_tensor(writer, name, tensor)
     return list(records.values()), writer.size
+
+
+def write_tensor(writer: PackedFileWriter, name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """Write a tensor, and return what a header has of it. OSError."""
+    values: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    payload = writer.add(memoryview(values))
+    return {
+        "names": [name],
+        "dtype": _NAMES[tensor.dtype],
+        "shape": list(tensor.shape),
+        "payload": payload.record(),
+    }
 
 
 def _write_experts(writer: PackedFileWriter, module: nn.Module) -> dict[str, Any]:
     packed = hf_experts.packed(module)
-    memory = [writer.add(bytes_at(*place)).record() for place in packed.native.memory]
+    return write_layer(writer, packed, (packed.num_experts, packed.hidden_size, packed.intermediate_size))
+
+
+def write_layer(
+    writer: PackedFileWriter, packed: PackedExperts | PackedLinear, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Write a packed layer, and return what a header has of it. shape: as of `MappedLayer`. OSError."""
     return {
-        "shape": [packed.num_experts, packed.hidden_size, packed.intermediate_size],
+        "shape": list(shape),
         "format": packed.format.name,
         "scale": packed.native.format.scale.name,
-        "memory": memory,
+        "memory": [writer.add(_bytes_at(*place)).record() for place in packed.native.memory],
     }
 
 
-def bytes_at(address: int, size: int) -> memoryview:
+def _bytes_at(address: int, size: int) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(address) if size else b"").cast("B")
 
 
@@ -214,7 +227,7 @@ def _give_tensors(model: nn.Module, header: dict[str, Any], packed: set[str], me
     some are missing."""
     given: dict[str, torch.Tensor] = {}
     for record in header["tensors"]:
-        given |= _tensors(record, memory)
+        given |= tensors_of(record, memory)
     parameters: dict[int, nn.Parameter] = {}  # what is shared is one object
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -229,7 +242,7 @@ def _give_tensors(model: nn.Module, header: dict[str, Any], packed: set[str], me
                 module._buffers[name] = _fitting(given, prefix + name, buffer)
 
 
-def _tensors(record: dict[str, Any], memory: mmap.mmap) -> dict[str, torch.Tensor]:
+def tensors_of(record: dict[str, Any], memory: mmap.mmap) -> dict[str, torch.Tensor]:
     """Return the tensor of a record, which lies in `memory`, by each of its names."""
     offset, size, _ = record["payload"]
     dtype, shape = DTYPES[record["dtype"]], record["shape"]
@@ -267,24 +280,17 @@ def _experts(
     path: str,
 ) -> PackedExperts:
     """Return experts in the memory of a file, which begins at an address. PackedFileError."""
-    stored, native = formats_of(record)
-    places = places_in(begin, record["memory"])
     try:
-        return PackedExperts.mapped(
-            MappedExperts(tuple(record["shape"]), stored, native, places, owner), biases, spec, path
-        )
+        return PackedExperts.mapped(mapped_layer(record, begin, owner), biases, spec, path)
     except ValueError as error:
         raise PackedFileError(f"{path}: {error}") from error
 
 
-def formats_of(record: dict[str, Any]) -> tuple[WeightFormat, _native.Format]:
-    """Return the format of a packed layer, and what the kernels are told of it."""
+def mapped_layer(record: dict[str, Any], begin: int, owner: object) -> MappedLayer:
+    """Return a packed layer in the memory of a file, which begins at an address."""
     stored = FORMATS[record["format"]]
     scale = getattr(_native.ScaleType, record["scale"])
     layout = getattr(_native.Layout, stored.layout)
-    return stored, _native.Format(layout, stored.group_size or 0, scale, stored.has_zero_points)
-
-
-def places_in(begin: int, memory: Sequence[Sequence[Any]]) -> list[tuple[int, int]]:
-    """Return where payloads lie in the memory of a file, which begins at an address: addresses and bytes."""
-    return [(begin + offset, size) if size else (0, 0) for offset, size, _ in memory]
+    native = _native.Format(layout, stored.group_size or 0, scale, stored.has_zero_points)
+    places = [(begin + offset, size) if size else (0, 0) for offset, size, _ in record["memory"]]
+    return MappedLayer(tuple(record["shape"]), stored, native, places, owner)

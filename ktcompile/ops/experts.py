@@ -10,7 +10,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,15 @@ from ktcompile.machine import check_isa, machine
 from ktcompile.ops.self_check import FirstCall, PackingCheck
 from ktcompile.ops.spec import Activation, ExpertsSpec
 from ktcompile.ops.threads import get_num_threads
-from ktcompile.ops.weights import ExpertsWeight, StoredWeight, Weight, format_of, native_format, quantized_address
+from ktcompile.ops.weights import (
+    ExpertsWeight,
+    MappedLayer,
+    StoredWeight,
+    Weight,
+    format_of,
+    native_format,
+    quantized_address,
+)
 from ktcompile.quant import QuantizedWeight, WeightFormat, native_dtype
 
 if TYPE_CHECKING:
@@ -30,21 +37,6 @@ _numbers = itertools.count(1)
 # Bytes of experts' weights that threads have in memory while they pack them from files.
 _READ_AT_ONCE = 1 << 29
 _alive: weakref.WeakValueDictionary[int, PackedExperts] = weakref.WeakValueDictionary()
-
-
-@dataclass(frozen=True, slots=True)
-class MappedExperts:
-    """Packed experts in memory of another, as a file that is mapped.
-
-    shape: (num_experts, hidden_size, intermediate_size). places: (address, bytes) as of `_native.Experts.memory`.
-    owner: keeps the memory.
-    """
-
-    shape: tuple[int, int, int]
-    format: WeightFormat
-    native_format: _native.Format
-    places: list[tuple[int, int]]
-    owner: object
 
 
 class PackedExperts:
@@ -78,7 +70,7 @@ class PackedExperts:
 
     @classmethod
     def mapped(
-        cls, memory: MappedExperts, biases: Sequence[torch.Tensor | None], spec: ExpertsSpec, name: str = ""
+        cls, memory: MappedLayer, biases: Sequence[torch.Tensor | None], spec: ExpertsSpec, name: str = ""
     ) -> PackedExperts:
         """Return experts whose weights, and packed biases, lie packed in a file.
 

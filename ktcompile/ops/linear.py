@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from dataclasses import dataclass
 
 import torch
 
@@ -16,8 +15,8 @@ from ktcompile import _native
 from ktcompile.machine import check_isa, machine
 from ktcompile.ops.library import LIBRARY, register_without_backward
 from ktcompile.ops.threads import native_threads
-from ktcompile.ops.weights import Weight, format_of, native_format, quantized_address
-from ktcompile.quant import WeightFormat, native_dtype
+from ktcompile.ops.weights import MappedLayer, Weight, format_of, native_format, quantized_address
+from ktcompile.quant import native_dtype
 
 _numbers = itertools.count(1)
 _alive: weakref.WeakValueDictionary[int, PackedLinear] = weakref.WeakValueDictionary()
@@ -26,21 +25,6 @@ for _name in ("linear", "head_linear"):
     LIBRARY.define(
         f"{_name}(Tensor x, Tensor weight, SymInt out_features) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class MappedLinear:
-    """A packed layer in memory of another, as a file that is mapped.
-
-    shape: (heads, out_features, in_features). places: (address, bytes) as of `_native.Linear.memory`. owner: keeps the
-    memory.
-    """
-
-    shape: tuple[int, int, int]
-    format: WeightFormat
-    native_format: _native.Format
-    places: list[tuple[int, int]]
-    owner: object
 
 
 class PackedLinear:
@@ -61,8 +45,9 @@ class PackedLinear:
         if self.format.codec is not None:
             parts = [self.format.quantize(p, "weight") if isinstance(p, torch.Tensor) else p for p in parts]
         quantized = [p for p in parts if not isinstance(p, torch.Tensor)]
-        self.native_format = native_format(self.format, *quantized)
-        self.native = _native.Linear(self.native_format, self.out_features, self.in_features, self.heads)
+        self.native = _native.Linear(
+            native_format(self.format, *quantized), self.out_features, self.in_features, self.heads
+        )
         for head, part in enumerate(parts):
             if isinstance(part, torch.Tensor):
                 strides = (part.stride(0), part.stride(1))
@@ -74,13 +59,12 @@ class PackedLinear:
         self._begin()
 
     @classmethod
-    def mapped(cls, memory: MappedLinear) -> PackedLinear:
+    def mapped(cls, memory: MappedLayer) -> PackedLinear:
         """Return a layer whose weight and bias lie packed in a file. ValueError: the memory is not of such a layer."""
         self = cls.__new__(cls)
         self.heads, self.out_features, self.in_features = memory.shape
         self.isa, self.format = machine().isa, memory.format
-        self.native_format = memory.native_format
-        self.native = _native.Linear(self.native_format, self.out_features, self.in_features, self.heads)
+        self.native = _native.Linear(memory.native_format, self.out_features, self.in_features, self.heads)
         self.native.map(memory.places, memory.owner)
         self._begin()
         return self

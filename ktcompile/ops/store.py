@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -177,6 +177,15 @@ def versions_of(weights: Weights) -> tuple[int, ...]:
 def storages_of(weights: Weights) -> tuple[StorageWeakRef, ...]:
     """Return weak references to the memory of tensors, in whose place others may lie once it is gone."""
     return tuple(StorageWeakRef(w.untyped_storage()) for w in weights if w is not None)  # type: ignore[no-untyped-call]
+
+
+def watch_of(args: Sequence[Any], positions: Sequence[int]) -> tuple[_native.Watch, tuple[StorageWeakRef, ...]]:
+    """Return what sees whether some arguments of a call are those of another, and what must be kept for it: weak
+    references to their storages, so that no other has the address of one."""
+    watch, storages = _native.Watch(), storages_of([args[i] for i in positions])
+    for i, storage in zip(positions, storages, strict=True):
+        watch.add(i, args[i], storage.cdata)
+    return watch, storages
 
 
 @functools.cache

@@ -25,6 +25,21 @@ class StoredWeight:
     read: Callable[[int], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class MappedLayer:
+    """A packed layer in memory of another, as a file that is mapped.
+
+    shape: (num_experts, hidden_size, intermediate_size), or of a linear layer (heads, out_features, in_features).
+    places: (address, bytes) as of the `memory` of the native layer. owner: keeps the memory.
+    """
+
+    shape: tuple[int, int, int]
+    format: WeightFormat
+    native_format: _native.Format
+    places: list[tuple[int, int]]
+    owner: object
+
+
 Weight = torch.Tensor | QuantizedWeight
 ExpertsWeight = Weight | StoredWeight
 # (codes, strides of (expert, out, in), scales, zero points or 0, strides of (expert, out, group))

@@ -16,7 +16,7 @@ from ktcompile.graph.packed import PACKED, GivenInput, PackedInput
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.spec import LatentsSpec, LinearSpec
-from ktcompile.ops.store import Weights, expert_store, latents_store, linear_store, storages_of
+from ktcompile.ops.store import Weights, expert_store, latents_store, linear_store, watch_of
 from ktcompile.runtime.devices import Placer
 from ktcompile.runtime.direct import call_directly
 from ktcompile.runtime.program import with_programs
@@ -95,7 +95,7 @@ class _Found:
         self._packed = tuple(packed)
         self._watch: _native.Watch | None = None
         self._layers: list[Callable[[], Any]] = []
-        self._storages: list[Any] = []
+        self._storages: tuple[Any, ...] = ()
 
     def layers(self, args: tuple[Any, ...]) -> list[Any]:
         """Return the packed layers of the arguments of a call."""
@@ -108,17 +108,12 @@ class _Found:
         return layers
 
     def _see(self, args: Sequence[Any], layers: Sequence[Any]) -> None:
-        positions = {i for p in self._packed for i in p.positions if i is not None}
+        positions = sorted({i for p in self._packed for i in p.positions if i is not None})
         self._watch = None
         if any(args[i].is_inference() for i in positions):  # these have no versions
             return
         self._layers = [weakref.ref(layer) for layer in layers]
-        # Weak references to storages keep others from having the same address.
-        self._storages = list(storages_of([args[i] for i in sorted(positions)]))
-        watch = _native.Watch()
-        for i, storage in zip(sorted(positions), self._storages, strict=True):
-            watch.add(i, args[i], storage.cdata)
-        self._watch = watch
+        self._watch, self._storages = watch_of(args, positions)
 
 
 def build(

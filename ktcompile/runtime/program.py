@@ -23,7 +23,7 @@ from ktcompile.machine import machine
 from ktcompile.ops.experts import PackedExperts, from_handle
 from ktcompile.ops.linear import PackedLinear
 from ktcompile.ops.observer import observe
-from ktcompile.ops.store import storages_of
+from ktcompile.ops.store import watch_of
 from ktcompile.ops.threads import native_threads
 from ktcompile.runtime.direct import call_directly
 from ktcompile.runtime.program_builder import ELEMENTS, Builder, UnsupportedError, changes_memory, value_of
@@ -195,7 +195,7 @@ class Part:
             for i, layer in enumerate(layers):
                 set_layer = self._program.set_linear if isinstance(layer, PackedLinear) else self._program.set_experts
                 set_layer(i, layer.native, layer.isa)
-            self._see(given, layers)
+            self._see(args, layers)
         return not (observe.active and self._has_experts)
 
     def _are_bound(self, args: tuple[Any, ...], given: tuple[Any, ...]) -> bool:
@@ -207,17 +207,15 @@ class Part:
             and all(layer() is not None for layer in self._layers)
         )
 
-    def _see(self, given: Sequence[Any], layers: Sequence[Any]) -> None:
+    def _see(self, args: tuple[Any, ...], layers: Sequence[Any]) -> None:
+        given = args[self._packed]
         self._has_experts = any(isinstance(layer, PackedExperts) for layer in layers)
-        handles = [i for i, g in enumerate(given) if isinstance(g, Tensor)]
-        if any(given[i].is_inference() for i in handles):  # these have no versions
+        handles = [i for i, g in enumerate(given, self._packed.start) if isinstance(g, Tensor)]
+        if any(args[i].is_inference() for i in handles):  # these have no versions
             return
         self._given = [weakref.ref(g) for g in given]
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._handles = _native.Watch()
-        self._storages = storages_of([given[i] for i in handles])
-        for i, storage in zip(handles, self._storages, strict=True):
-            self._handles.add(self._packed.start + i, given[i], storage.cdata)
+        self._handles, self._storages = watch_of(args, handles)
 
 
 def _layer(given: PackedExperts | PackedLinear | Tensor) -> PackedExperts | PackedLinear:

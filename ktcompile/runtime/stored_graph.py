@@ -19,8 +19,6 @@ from ktcompile.runtime.program_record import ProgramRecord
 _MODULES = ("torch.nn.functional", "torch.functional", "torch._C._nn", "_operator", "ktcompile.runtime.direct")
 _OF_TORCH = torch._C._VariableFunctions  # its functions are torch's, which names no module for them
 _OPERATORS, _OWN = "torch.ops", "ktcompile.ops."
-# Calls that compute nothing.
-_SILENT = (torch._C._log_api_usage_once,)
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -33,8 +31,6 @@ def to_json(graph: fx.Graph) -> dict[str, Any]:
     parts: list[ProgramRecord] = []
     nodes = []
     for node in graph.nodes:
-        if node.target in _SILENT:
-            continue
         if node.op == "get_attr":
             raise NotStorableError(f"{node.target} of a module")
         target = node.target

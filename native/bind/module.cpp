@@ -377,6 +377,7 @@ NB_MODULE(_native, m) {
           },
           "memory"_a, "owner"_a, nb::keep_alive<1, 3>(),
           "Reads the weight from memory as `memory` returned it, which `owner` holds, and never writes to it.")
+      .def_prop_ro("format", [](const packed_linear& self) { return self.weight.layout().format; })
       .def_prop_ro("nbytes", [](const packed_linear& self) { return self.weight.bytes(); });
 
   m.def(
