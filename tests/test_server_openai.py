@@ -308,7 +308,7 @@ def test_responses(client: OpenAI, model: str) -> None:
     assert [e.sequence_number for e in events] == list(range(len(events)))
     assert events[-1].response.output_text == whole.output_text and events[-1].response.usage == whole.usage
     text = {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}}
-    formed = client.responses.create(model=model, input="x", max_output_tokens=100, text=text)
+    formed = client.responses.create(model=model, input="x", max_output_tokens=100, temperature=0, text=text)
     assert formed.status == "completed" and set(json.loads(formed.output_text)) == {"a", "b"}
 
 
