@@ -90,6 +90,7 @@ class CompileOptions(DeviceOptions):
 
     weight_format: of experts. "auto" keeps the source's; else a name of `ktcompile.quant.FORMATS`.
     dense_format: likewise of linear layers with 512 outputs and more. Smaller ones, routers among them, keep theirs.
+    head_format: likewise of the one of these that a model ends in, which makes the logits; None: as dense_format.
     weights: "copy" leaves the model as it is; "take" frees the source storage of what is packed,
     after which only the compiled model can be called.
     inner: who runs the graph. "program": kernels, and what stands between them, without Python, what is left operation
@@ -102,6 +103,7 @@ class CompileOptions(DeviceOptions):
 
     weight_format: str = "auto"
     dense_format: str = "auto"
+    head_format: str | None = None
     weights: str = "copy"
     inner: str = "auto"
     isa: str | None = None
@@ -112,10 +114,16 @@ class CompileOptions(DeviceOptions):
         DeviceOptions.__post_init__(self)
         check_format(self.weight_format)
         check_format(self.dense_format, "dense_format")
+        if self.head_format is not None:
+            check_format(self.head_format, "head_format")
         _one_of("weights", self.weights, WEIGHTS)
         _one_of("inner", self.inner, INNER)
         if self.isa is not None:
             check_isa(self.isa, machine().isas)
+
+    @property
+    def format_of_head(self) -> str:
+        return self.dense_format if self.head_format is None else self.head_format
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any] | None) -> CompileOptions:

@@ -7,6 +7,7 @@ kernels, which is the same for one row and for thousands.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,29 +43,33 @@ class _Layer(NamedTuple):
 def pack_linear(
     options: CompileOptions,
 ) -> Callable[[fx.GraphModule, Sequence[object], CompileReport], int]:
-    """Return the pass for `options`, whose ISA and format of dense layers hold for every layer that is not small."""
+    """Return the pass for `options`, whose ISA and formats of dense layers and the head hold for layers that are not
+    small."""
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[object], report: CompileReport) -> int:
         if needs_gradients(example_inputs):
             return 0
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
         values = dict(zip(placeholders, example_inputs, strict=False))
+        layers = [layer for node in gm.graph.nodes if (layer := _layer(node, values)) is not None]
+        inputs, inner = Counter(layer.x for layer in layers), _before_parameters(gm, layers, values)
         together: dict[tuple[fx.Node, str], list[_Layer]] = {}
-        for node in gm.graph.nodes:
-            layer = _layer(node, values)
-            if layer is not None:
-                weight_format = options.dense_format if layer.features >= _FEWEST_FEATURES else "auto"
-                together.setdefault((layer.x, weight_format), []).append(layer)
-        for number, ((x, weight_format), layers) in enumerate(together.items()):
-            spec = LinearSpec(len(layers), weight_format, options.isa)
-            parts = [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
+        for layer in layers:
+            weight_format = "auto"
+            if layer.features >= _FEWEST_FEATURES:
+                is_head = inputs[layer.x] == 1 and layer.node not in inner
+                weight_format = options.format_of_head if is_head else options.dense_format
+            together.setdefault((layer.x, weight_format), []).append(layer)
+        for number, ((x, weight_format), joined) in enumerate(together.items()):
+            spec = LinearSpec(len(joined), weight_format, options.isa)
+            parts = [*(layer.weight for layer in joined), *(layer.bias for layer in joined)]
             positions = tuple(None if n is None else placeholders.index(n) for n in parts)
             handle = add_packed_input(gm, f"packed_linear_{number}", PackedInput(positions, spec))
-            _replace(gm, x, layers, handle)
+            _replace(gm, x, joined, handle)
         for node in reversed(gm.graph.nodes):
             if node.op == "call_method" and node.target in _CASTS and not node.users:
                 gm.graph.erase_node(node)
-        return sum(map(len, together.values()))
+        return len(layers)
 
     return run
 
@@ -84,6 +89,19 @@ def _layer(node: fx.Node, values: dict[fx.Node, object]) -> _Layer | None:
     if len(weight.meta["example_value"].shape) != 2:
         return None
     return _Layer(node, x, weight, bias if isinstance(bias, fx.Node) else None)
+
+
+def _before_parameters(gm: fx.GraphModule, layers: Sequence[_Layer], values: dict[fx.Node, object]) -> set[fx.Node]:
+    """Return the nodes on whose results parameters work further on."""
+    with_parameters = {layer.node for layer in layers}
+    for placeholder, value in values.items():
+        if isinstance(value, nn.Parameter):
+            with_parameters.update(placeholder.users)
+    result: set[fx.Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if any(user in with_parameters or user in result for user in node.users):
+            result.add(node)
+    return result
 
 
 def _source(x: object) -> object:

@@ -10,6 +10,7 @@ from helpers.model_reports import MODEL, OURS, PEER, THIRD, contender
 
 from ktcompile.bench.model.contenders import ALL, DEFAULT, choose, groups
 from ktcompile.bench.model.demand import Work, demand
+from ktcompile.bench.model.formats import formats_of
 from ktcompile.machine import machine
 
 GIB = 1 << 30
@@ -51,6 +52,20 @@ def test_linear_layers_may_have_a_format_of_their_own():
     assert contender.arithmetic == f"int8/{machine().isa}"
 
 
+def test_so_may_the_head():
+    (both, head), _ = choose(["kt:int4_dyn+int8", "kt-engine:int4_dyn+int8+int4"], {}, MODEL, 1)
+    assert head.variant == "int4_g32_dyn+int8+int4_g32"
+    share = MODEL.hidden_size * MODEL.vocab_size * MODEL.dtype_bytes / MODEL.dense_read_bytes
+    assert 0 < share < 1 and head.dense_bytes == pytest.approx(1 - share + 0.5625 * share)
+    assert formats_of(head.variant) == {
+        "weight_format": "int4_g32_dyn",
+        "dense_format": "int8",
+        "head_format": "int4_g32",
+    }
+    assert formats_of(both.variant) == {"weight_format": "int4_g32_dyn", "dense_format": "int8"}
+    assert formats_of("") == {"weight_format": "auto"}
+
+
 def test_the_format_of_the_checkpoint_is_that_of_who_names_none():
     chosen, _ = choose(DEFAULT, {}, replace(MODEL, stored_format="fp8"), 1)
     assert len({c.expert_bytes for c in chosen}) == 1 and 1 <= chosen[0].expert_bytes < 1.1
@@ -71,6 +86,7 @@ def test_all_are_those_that_are_installed(python):
         (["onnx"], {}, "contender 'onnx' is unknown; there are all, kt, kt:FORMAT"),
         (["kt:int3"], {}, "int3"),
         (["kt:int4+int3"], {}, "int3"),
+        (["kt:int4+int8+int4+int4"], {}, "4 formats; they are of experts, linear layers, head"),
         (["kt-eager:int4+int8"], {}, "which need a compiler: kt:int4\\+int8"),
         (["llama.cpp:q2_k"], {}, "of llama.cpp there are bf16, q8_0, q4_k_m"),
         (["inductor:eager"], {}, "of inductor there are no variants"),

@@ -27,6 +27,7 @@ def test_every_option_can_be_given():
     options = {
         "weight_format": "bf16",
         "dense_format": "int8",
+        "head_format": "int4",
         "weights": "take",
         "inner": "eager",
         "isa": "scalar",

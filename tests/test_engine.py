@@ -270,6 +270,7 @@ def test_a_window_that_attention_is_not_told_of_is_refused() -> None:
         ({"max_model_len": 65}, "max_model_len is 65; the model has 64 positions"),
         ({"max_num_batched_tokens": 20}, "max_num_batched_tokens is 20; it must be 55 or more"),
         ({"dense_format": "int3"}, "dense_format"),
+        ({"head_format": "int3"}, "head_format"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -> None:

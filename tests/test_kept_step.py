@@ -113,6 +113,7 @@ def noting(run, seen):
         {"weight_format": "int4", "dense_format": "int8_dyn"},
         {"kv_format": "int8"},
         {"weight_format": "int8", "dense_format": "mxfp4", "kv_format": "fp32"},
+        {"head_format": "int4_dyn"},
     ],
     ids=str,
 )

@@ -203,3 +203,54 @@ def test_large_layers_take_the_format_of_dense_layers_and_small_ones_keep_theirs
     error = (compiled(module, dense_format="int8")(x) - module(x)).norm() / module(x).norm()
     assert {(p.out_features, p.format.name) for p in packed} == {(1024, "int8"), (511, "fp32"), (64, "fp32")}
     assert 0 < error < 0.02
+
+
+class Model(nn.Module):
+    """Layers that share an input, one behind a norm, and a head. fp32_head: its weight is cast, as some models do."""
+
+    def __init__(self, fp32_head: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.gate = nn.Linear(64, 512, bias=False), nn.Linear(64, 512, bias=False)
+        self.down, self.norm = nn.Linear(512, 576, bias=False), nn.LayerNorm(576)
+        self.head, self.fp32_head = nn.Linear(576, 640, bias=False), fp32_head
+        self.bfloat16().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.down(F.silu(self.gate(x)) * self.up(x)))
+        if self.fp32_head:
+            return F.linear(x.float(), self.head.weight.float())
+        return torch.tanh(self.head(x[-1:]) / 30).float() * 30
+
+
+@pytest.mark.parametrize("fp32_head", [False, True])
+@pytest.mark.parametrize(
+    ("options", "linear", "head"),
+    [
+        ({"head_format": "int8"}, "bf16", "int8"),
+        ({"dense_format": "int8"}, "int8", "int8"),
+        ({"dense_format": "int8", "head_format": "int4"}, "int8", "int4_g32"),
+        ({"dense_format": "int8", "head_format": "auto"}, "int8", "bf16"),
+    ],
+    ids=str,
+)
+def test_the_head_may_have_a_format_of_its_own(options, linear, head, fp32_head, monkeypatch):
+    module, packed = Model(fp32_head), packed_layers(monkeypatch)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got, wanted = compiled(module, **options)(x), module(x)
+    assert {(p.out_features, p.format.name) for p in packed} == {(1024, linear), (576, linear), (640, head)}
+    assert (got - wanted).norm() / wanted.norm() < 0.15
+
+
+def test_layers_of_one_input_at_the_end_of_a_graph_are_no_head(monkeypatch):
+    class Projections(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(64, 512), nn.Linear(64, 512)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.q(x), self.k(x)
+
+    packed = packed_layers(monkeypatch)
+    compiled(Projections().requires_grad_(False), head_format="int8")(torch.randn(2, 64))
+    assert [p.format.name for p in packed] == ["fp32"]

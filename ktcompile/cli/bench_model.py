@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 contenders:
-  kt[:FORMAT[+FORMAT]]      torch.compile(model, backend="kt"), with a weight format of experts, and of linear layers
+  kt[:FORMAT[+FORMAT[+FORMAT]]]
+                            torch.compile(model, backend="kt"); weight formats of experts, linear layers and the head
   kt-eager[:FORMAT]         ktcompile.load(model), without a compiler
   kt-engine[:FORMAT]        the engine of `ktc serve`, stepped by hand as vllm is, without its prefix cache
   transformers[:IMPL]       as it comes; its experts implementation: grouped_mm, batched_mm, eager
@@ -30,7 +31,7 @@ contenders:
 
 examples:
   ktc bench model MODEL
-  ktc bench model MODEL --contenders kt:int4_dyn+int4_dyn llama.cpp:q4_k_m --peer-python llama.cpp=PYTHON
+  ktc bench model MODEL --contenders kt:int4_dyn+int8_dyn+int4_dyn llama.cpp:q4_k_m --peer-python llama.cpp=PYTHON
   ktc bench model MODEL --contenders all --peer-python vllm=/opt/vllm/bin/python --json model.json --plot model.png
   ktc bench model --contenders kt-eager transformers --batches 1 --prompts 64 --rounds 1 --steps 4
   ktc bench model --replot model.json --plot model.png

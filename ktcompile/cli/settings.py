@@ -56,6 +56,7 @@ _HELP = {
     "enable_prefix_caching": "compute what requests begin with alike once",
     "weight_format": "of experts: auto (as in the model), or a name of `ktc generate --help`",
     "dense_format": "likewise of large linear layers",
+    "head_format": "likewise of the layer that makes the logits (default: as --dense-format)",
     "eager": "run the model without compiling it",
 }
 # Their flags have defaults: one that is given the default counts as left out.

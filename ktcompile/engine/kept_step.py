@@ -191,7 +191,7 @@ def _place(
     settings = folder / "generation_config.json"
     identity = {
         "weights": weights_key,
-        "options": [options.dense_format, options.kv_format, options.mla_storage],
+        "options": [options.dense_format, options.head_format, options.kv_format, options.mla_storage],
         "generation": settings.read_text() if settings.is_file() else None,
         "versions": [_VERSION, ktcompile.__version__, torch.__version__],
     }

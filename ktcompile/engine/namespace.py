@@ -44,7 +44,7 @@ def namespace_of(
         "layout": _native.LAYOUT_VERSION,
         "isa": machine().isa,
         "dtype": summary.dtype,
-        "formats": [options.weight_format, options.dense_format],
+        "formats": [options.weight_format, options.dense_format, options.head_format],
         "eager": options.eager,
         "device": options.device,
     }

@@ -27,8 +27,8 @@ class EngineOptions(DeviceOptions):
     kv_host_memory: bytes for blocks that the device has no room for; None: none, or with kv_disk_path a quarter of the
     device's. kv_disk_path: a folder for blocks, which outlive the engine; None: none. kv_disk_size: its bytes at most;
     None: 16 GiB.
-    weight_format, dense_format: as of `ktcompile.config.CompileOptions`. eager: the model is not compiled; answers may
-    then depend on what else is computed.
+    weight_format, dense_format, head_format: as of `ktcompile.config.CompileOptions`.
+    eager: the model is not compiled; answers may then depend on what else is computed.
     """
 
     max_num_seqs: int = 64
@@ -48,12 +48,15 @@ class EngineOptions(DeviceOptions):
     enable_prefix_caching: bool = True
     weight_format: str = _AUTO
     dense_format: str = _AUTO
+    head_format: str | None = None
     eager: bool = False
 
     def __post_init__(self) -> None:
         DeviceOptions.__post_init__(self)
         check_format(self.weight_format)
         check_format(self.dense_format, "dense_format")
+        if self.head_format is not None:
+            check_format(self.head_format, "head_format")
         if self.kv_format != _AUTO and self.kv_format not in KV_FORMATS:
             known = ", ".join((_AUTO, *KV_FORMATS))
             raise ValueError(f"kv_format is {self.kv_format!r}; it must be one of {known}")

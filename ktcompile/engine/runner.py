@@ -172,6 +172,7 @@ class ModelRunner:
             "weights": "take",
             "weight_format": options.weight_format,
             "dense_format": options.dense_format,
+            "head_format": options.head_format,
             # None of Dynamo's guards is looked at. The model is the engine's own, each step has the same kinds of
             # tensors, and `_check_compiled` sees that what was traced for one number of tokens is right for any.
             "guard_filter_fn": lambda guards: [False] * len(guards),

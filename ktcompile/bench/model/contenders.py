@@ -27,7 +27,7 @@ class Kind:
 
     driver: a module of `drivers`. package: to be imported. formats: the variant is a weight format of ktcompile for
     the experts; else it is one of `variants`, of which the first is meant where none is named. dense: behind a + may be
-    the format of linear layers.
+    the format of linear layers, and behind another that of the head.
     """
 
     driver: str
@@ -63,7 +63,7 @@ class ModelContender:
     """A way to run the model.
 
     name: kind:variant, or the kind. python: the program that has it. arithmetic: the ceiling that bounds it.
-    expert_bytes, dense_bytes: of a weight of the routed experts, and of all others.
+    expert_bytes, dense_bytes: of a weight of the routed experts, and of all others that a token's products read.
     """
 
     name: str
@@ -145,19 +145,23 @@ def _contender(name: str, pythons: Mapping[str, str], model: Architecture, threa
         variant = variant or known.variants[0]
         name = name if name == kind and kind != "llama.cpp" else f"{kind}:{variant}"
     stored = FORMATS[model.stored_format]
-    experts, plus, dense = variant.partition("+") if known.formats else ("", "", "")
-    if plus and not known.dense:
+    experts, *others = variant.split("+") if known.formats else [""]
+    if others and not known.dense:
         raise ValueError(f"contender {name!r} has a format of linear layers, which need a compiler: kt:{variant}")
+    if len(others) > 2:
+        raise ValueError(f"contender {name!r} has {len(others) + 1} formats; they are of experts, linear layers, head")
     weights = resolve_format(experts, torch.bfloat16) if experts else stored
-    linear = resolve_format(dense, torch.bfloat16) if plus else None
+    rest = [resolve_format(other, torch.bfloat16) for other in others]
+    rest_bytes = [f.bytes_per_weight for f in rest] or [float(model.dtype_bytes)]
+    head = model.hidden_size * model.vocab_size / (model.dense_read_bytes / model.dtype_bytes)
     result = ModelContender(
         name=name,
         kind=kind,
-        variant="+".join(f.name for f in (weights, linear) if f) if experts else variant,
+        variant="+".join(f.name for f in (weights, *rest)) if experts else variant,
         python=pythons.get(kind, sys.executable),
         arithmetic=_arithmetic(known, weights.name, variant, threads),
         expert_bytes=weights.bytes_per_weight,
-        dense_bytes=linear.bytes_per_weight if linear else model.dtype_bytes,
+        dense_bytes=rest_bytes[0] * (1 - head) + rest_bytes[-1] * head,
     )
     if kind == "llama.cpp":  # until its file is there
         bits = {"bf16": 16, "q8_0": 8.5, "q4_k_m": 4.9}[variant]
@@ -169,7 +173,7 @@ def _choices() -> Iterable[str]:
     for name, kind in KINDS.items():
         yield name
         yield from (
-            [f"{name}:FORMAT{'[+FORMAT]' if kind.dense else ''}"]
+            [f"{name}:FORMAT{'[+FORMAT[+FORMAT]]' if kind.dense else ''}"]
             if kind.formats
             else (f"{name}:{variant}" for variant in kind.variants)
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import ktcompile
+from ktcompile.bench.model.formats import formats_of
 from ktcompile.engine.engine import Delta, Engine
 from ktcompile.engine.options import EngineOptions
 from ktcompile.engine.sampling_params import SamplingParams
@@ -22,8 +23,8 @@ def load(request: dict[str, Any]) -> KtEngine:
     """Return the engine for a request.
 
     model: a folder. length: of a prompt with its answer, at most. kv: options of its blocks and tiers, by their names.
-    Without them it has no prefix cache. variant: the weight format of experts, with + that of linear layers. requests:
-    the most at a time. threads.
+    Without them it has no prefix cache. variant: as `formats_of` takes it. requests: the most
+    at a time. threads.
     """
     if "kv" not in request:
         return KtEngine(_without_cache(**request))
@@ -35,15 +36,13 @@ def load(request: dict[str, Any]) -> KtEngine:
 
 def _without_cache(model: str, variant: str, threads: int, requests: int, length: int, **rest: Any) -> Engine:
     torch.set_num_threads(threads)
-    experts, _, dense = variant.partition("+")
-    weights = experts or "auto"
-    loaded = ktcompile.load(model, weight_format=weights, packed_cache=None)
+    formats = formats_of(variant)
+    loaded = ktcompile.load(model, weight_format=formats.get("weight_format", "auto"), packed_cache=None)
     options = EngineOptions(
         max_num_seqs=requests,
         max_model_len=length,
         enable_prefix_caching=False,
-        weight_format=weights,
-        dense_format=dense or "auto",
+        **formats,
     )
     return Engine.of_model(loaded, Numbers(), options)
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 def load(request: dict[str, Any]) -> Transformers:
     """Return the model of a request.
 
-    model: a folder. kind: kt, kt-eager, transformers, inductor or zentorch. variant: a weight format of ktcompile, or
-    an experts implementation of transformers. cache: dynamic or static. threads, steps.
+    model: a folder. kind: kt, kt-eager, transformers, inductor or zentorch. variant: weight formats of ktcompile, as
+    `ktcompile.bench.model.formats` takes them, or an experts implementation of transformers. cache: dynamic or static.
+    threads, steps.
     """
     torch.set_num_threads(request["threads"])
     torch.set_grad_enabled(False)
@@ -37,9 +38,9 @@ def _model(kind: str, folder: str, variant: str) -> Any:
     if kind == "inductor":
         return torch.compile(model, dynamic=True)
     if kind == "kt":
-        experts, _, dense = variant.partition("+")
-        formats = {"weight_format": experts or "auto", "dense_format": dense or "auto"}
-        options: dict[str, Any] = {"weights": "take", **formats}
+        from ktcompile.bench.model.formats import formats_of
+
+        options: dict[str, Any] = {"weights": "take", **formats_of(variant)}
         return torch.compile(model, backend="kt", dynamic=True, options=options)
     assert kind == "zentorch", kind
     import zentorch  # noqa: F401  it registers the backend
