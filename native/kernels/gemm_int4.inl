@@ -12,11 +12,15 @@ template <class Dot, bool Zeros, int M, int Loads>
   const scale_type type = l.format.scale;
   const char* const panel = static_cast<const char*>(job.panel);
   const auto column = [load](int v) { return (load + v / 2) * vec::lanes + v % 2 * panel_columns / 2; };
+  const char* const end = panel + l.code_offset(job.k_begin) + part_bytes(job);
   for (group_walk<4> walk(job); walk.k() < job.k_end;) {
     const std::size_t begin = walk.k(), stop = walk.stop(job.k_end);
     const char* codes = panel + walk.codes();
     const std::uint32_t* const row_sums = reinterpret_cast<const std::uint32_t*>(row_scales + 1);
     const char* const own = panel + walk.scales();
+    // The last groups fetch what comes behind them all.
+    const std::size_t ahead =
+        fetch.distance + (codes + fetch.distance < end ? 0 : static_cast<std::size_t>(fetch.jump));
     typename Dot::i32 total[M][n];
     for (std::size_t k = begin; k < stop; k += sums_of) {
       // They begin with the zero points times the sum of the row's codes, to be taken away.
@@ -29,7 +33,7 @@ template <class Dot, bool Zeros, int M, int Loads>
       for (int i = 0; i < fetch.lines * sums_of / 4; ++i, fetch.next += 64) prefetch_l2(fetch.next);
 #pragma GCC unroll 2
       for (int quad = 0; quad < sums_of / 4; ++quad) {
-        prefetch_l1(codes + fetch.distance);
+        prefetch_l1(codes + ahead);
         decltype(Dot::low_codes(codes)) b[n];
         KT_UNROLLED (i, Loads) {
           b[2 * i] = Dot::low_codes(codes + (load + i) * vec::lanes * 4);
@@ -46,7 +50,7 @@ template <class Dot, bool Zeros, int M, int Loads>
         KT_UNROLLED (v, n)
           total[m][v] = k == begin ? Dot::total(sums[m][v]) : Dot::add(total[m][v], Dot::total(sums[m][v]));
     }
-    prefetch_l1(own + fetch.distance);
+    prefetch_l1(own + ahead);
     KT_UNROLLED (v, n) {
       const vec::f32 scale = load_scale(type, own, column(v));
       KT_UNROLLED (m, M) {
@@ -66,7 +70,8 @@ void int4_columns(const gemm_job& job, const std::uint32_t* a, const float* row_
   constexpr int loads = Dot::int4_loads(M), all = column_vectors / 2;
   static_assert(all % loads == 0);
   for (int load = 0; load < all; load += loads)
-    int4_tile<Dot, Zeros, M, loads>(job, load, a, row_scales, stride, c, load == 0 ? fetch : prefetch{fetch.distance});
+    int4_tile<Dot, Zeros, M, loads>(job, load, a, row_scales, stride, c,
+                                    load == 0 ? fetch : prefetch{fetch.distance, nullptr, 0, 0, fetch.jump});
 }
 
 using int4_function = void (*)(const gemm_job&, const std::uint32_t*, const float*, std::size_t, float*, prefetch);

@@ -9,19 +9,25 @@ template <class Dot, int Unit, int M, int N>
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) acc[m][n] = first ? Dot::zero() : Dot::load(c + m * panel_columns + n * vec::lanes);
   constexpr int at_once = Unit / 4;  // quads
-  for (std::size_t q = 0; q < quads; q += at_once) {
-    for (int i = 0; i < at_once; ++i) {
-      for (std::size_t line = 0; line < 4 * panel_columns; line += 64) prefetch_l1(w + fetch.distance + line);
-      for (int l = 0; l < fetch.lines; ++l, fetch.next += 64) prefetch_l2(fetch.next);
-      typename Dot::weights b[N];
-      KT_UNROLLED (n, N) b[n] = Dot::prepare(w + n * vec::lanes * 4);
-      KT_UNROLLED (m, M) {
-        const typename Dot::i32 x = Dot::set1(a[m * at_once + i]);
-        KT_UNROLLED (n, N) acc[m][n] = Dot::add(acc[m][n], x, b[n]);
+  // The last ones fetch what comes behind them all.
+  const std::size_t far = fetch.distance / (4 * panel_columns * at_once) * at_once, last = far < quads ? far : quads;
+  std::size_t q = 0;
+  for (int part = 0; part < 2; ++part) {
+    for (const std::size_t end = part ? quads : quads - last; q < end; q += at_once) {
+      for (int i = 0; i < at_once; ++i) {
+        for (std::size_t line = 0; line < 4 * panel_columns; line += 64) prefetch_l1(w + fetch.distance + line);
+        for (int l = 0; l < fetch.lines; ++l, fetch.next += 64) prefetch_l2(fetch.next);
+        typename Dot::weights b[N];
+        KT_UNROLLED (n, N) b[n] = Dot::prepare(w + n * vec::lanes * 4);
+        KT_UNROLLED (m, M) {
+          const typename Dot::i32 x = Dot::set1(a[m * at_once + i]);
+          KT_UNROLLED (n, N) acc[m][n] = Dot::add(acc[m][n], x, b[n]);
+        }
+        w += 4 * panel_columns;
       }
-      w += 4 * panel_columns;
+      a += M * at_once;
     }
-    a += M * at_once;
+    fetch.distance += static_cast<std::size_t>(fetch.jump);
   }
   KT_UNROLLED (m, M)
     KT_UNROLLED (n, N) Dot::store(c + m * panel_columns + n * vec::lanes, acc[m][n]);
@@ -33,7 +39,7 @@ void int8_columns(const char* w, const std::uint32_t* a, std::size_t quads, floa
   static_assert(column_vectors % n == 0);
   for (int v = 0; v < column_vectors; v += n)
     int8_tile<Dot, Unit, M, n>(w + v * vec::lanes * 4, a, quads, c + v * vec::lanes, first,
-                               v == 0 ? fetch : prefetch{fetch.distance});
+                               v == 0 ? fetch : prefetch{fetch.distance, nullptr, 0, 0, fetch.jump});
 }
 
 using int8_function = void (*)(const char*, const std::uint32_t*, std::size_t, float*, bool, prefetch);

@@ -23,14 +23,15 @@ inline std::size_t l2_bytes() {
 struct machine_habits {
   std::size_t floats, codes;  // bytes ahead
   std::size_t near_floats;    // bytes ahead of the second step; 0: there is one
-  bool stream_alone;          // of floats and int4_dyn, for few rows; more take as long as the next panel's way here,
-                              // where products are not as fast as AVX512-BF16
+  bool stream_alone;          // of floats and dynamic codes, for few rows; more take as long as the next panel's way
+                              // here, where products are not as fast as AVX512-BF16
+  std::size_t codes_alone;    // bytes ahead of dynamic codes that are read alone
   bool widen;
 };
 inline machine_habits habits_here() {
-  if (!cpu_is_amd()) return {1024, 1024, 0, false, false};
+  if (!cpu_is_amd()) return {1024, 1024, 0, false, 1024, false};
   const bool first_zens = cpu_family() == 23;
-  return {8192, 2048, first_zens ? 1024u : 0u, true, first_zens};
+  return {8192, 2048, first_zens ? 1024u : 0u, true, first_zens ? 2048u : 8192u, first_zens};
 }
 // Of the weights that begin to be multiplied; tests change them.
 inline machine_habits& habits() {
@@ -49,8 +50,11 @@ class block_gemm {
     const bool floats = is_float(w.layout().format.kind);
     distance_ = floats ? here.floats : here.codes;
     near_ = floats ? here.near_floats : 0;
-    const bool streams = floats || w.layout().format.kind == format::int4_dyn;
-    if (streams && here.stream_alone) stream_rows_ = floats && kernels.rows_in_bf16 ? bf16_tile : few_rows;
+    if (here.stream_alone) {
+      if (floats) stream_rows_ = kernels.rows_in_bf16 ? bf16_tile : few_rows;
+      if (is_dynamic(w.layout().format.kind)) stream_rows_ = dynamic_tile;
+    }
+    distance_alone_ = floats ? here.floats : here.codes_alone;
     widen_ = here.widen;
   }
 
@@ -82,7 +86,10 @@ class block_gemm {
                                              : after;
           gemm_({w_.panel(expert, p), static_cast<int>(count), &l, rows_packed, static_cast<int>(rows), k, k_end,
                  c + (p - begin) * rows * panel_columns, row_scale, streams ? nullptr : next,
-                 one_step ? near_ : distance_, streams ? next : nullptr, one_step ? 0 : near_, widen_});
+                 one_step  ? near_
+                 : streams ? distance_alone_
+                           : distance_,
+                 streams ? next : nullptr, one_step ? 0 : near_, widen_});
         }
       }
       for (std::size_t p = begin; p < end; ++p) done(p, c + (p - begin) * rows * panel_columns);
@@ -105,12 +112,13 @@ class block_gemm {
 
   static std::size_t sums_bytes() { return l2_bytes() / 4; }
   static constexpr std::size_t few_rows = 4;
-  static constexpr std::size_t bf16_tile = 12;  // rows that AVX512-BF16 holds in registers
+  static constexpr std::size_t bf16_tile = 12;    // rows that AVX512-BF16 holds in registers
+  static constexpr std::size_t dynamic_tile = 8;  // rows of codes whose products take less than their way here
 
   void (*const gemm_)(const gemm_job&);
   const packed_weight& w_;
   const std::size_t row_bytes_;
-  std::size_t distance_, near_, stream_rows_ = 0;
+  std::size_t distance_, distance_alone_, near_, stream_rows_ = 0;
   bool widen_;
 };
 
