@@ -19,13 +19,14 @@ def load(request: dict[str, Any]) -> Transformers:
     """
     torch.set_num_threads(request["threads"])
     torch.set_grad_enabled(False)
-    model = _model(request["kind"], request["model"], request["variant"])
+    static = request["cache"] == "static"
+    model = _model(request["kind"], request["model"], request["variant"], static)
     gc.collect()
     gc.freeze()
-    return Transformers(model, request["cache"] == "static", request["steps"])
+    return Transformers(model, static, request["steps"])
 
 
-def _model(kind: str, folder: str, variant: str) -> Any:
+def _model(kind: str, folder: str, variant: str, static: bool) -> Any:
     if kind == "kt-eager":
         import ktcompile
 
@@ -41,7 +42,8 @@ def _model(kind: str, folder: str, variant: str) -> Any:
         from ktcompile.bench.model.formats import formats_of
 
         options: dict[str, Any] = {"weights": "take", **formats_of(variant)}
-        return torch.compile(model, backend="kt", dynamic=True, options=options)
+        # Each static cache of another length would be compiled anew where sizes are not dynamic from the beginning.
+        return torch.compile(model, backend="kt", dynamic=True if static else None, options=options)
     assert kind == "zentorch", kind
     import zentorch  # noqa: F401  it registers the backend
 
