@@ -72,11 +72,12 @@ void context::linear(const packed_weight& w, const kernel_table& k, const linear
   else
     pack(0);
   const std::size_t of_head = items.groups * items.blocks;
-  queue q(a.heads * of_head);
+  // One stream of weights for each thread, where they come from memory.
+  queue q(a.heads * of_head, items.blocks == 1 ? pool_.size() : 1);
   auto multiply = [&](int thread) {
     const denormals_are_zero mode;
-    for (std::size_t i = q.take(), next; q.has(i); i = next) {
-      next = q.take();
+    for (std::size_t i = q.take(thread), next; q.has(i); i = next) {
+      next = q.take(thread);
       const std::size_t h = i / of_head, g = i % of_head / items.blocks, b = i % items.blocks;
       const std::size_t first = items.first_row(b), rows = items.first_row(b + 1) - first;
       const char* following =

@@ -165,17 +165,17 @@ class layer_run {
         const denormals_are_zero mode;
         // Its own slice first, then what is left of the others.
         for (std::size_t i = 0; i < slices_.size(); ++i)
-          work(slices_[(places[thread].slice + i) % slices_.size()], scratch_.threads[thread]);
+          work(slices_[(places[thread].slice + i) % slices_.size()], scratch_.threads[thread], thread);
       };
       pool.run(each);
     };
     if (dynamic_) quantize_tokens(pool);
-    phase([this](slice_run& s, thread_scratch& t) { gate_up_items(s, t); });
-    if (dynamic_) phase([this](slice_run& s, thread_scratch& t) { quantize_blocks(s, t); });
-    phase([this](slice_run& s, thread_scratch& t) {
+    phase([this](slice_run& s, thread_scratch& t, int thread) { gate_up_items(s, t, thread); });
+    if (dynamic_) phase([this](slice_run& s, thread_scratch& t, int) { quantize_blocks(s, t); });
+    phase([this](slice_run& s, thread_scratch& t, int thread) {
       queue& q = s.down_queue;
-      for (std::size_t g = q.take(), next; q.has(g); g = next) {
-        next = q.take();
+      for (std::size_t g = q.take(thread), next; q.has(g); g = next) {
+        next = q.take(thread);
         down_group(s, g * group_, q.has(next) ? next * group_ : panels(), t);
       }
     });
@@ -185,7 +185,7 @@ class layer_run {
  private:
   void prepare(int threads);
   void quantize_tokens(thread_pool& pool);
-  void gate_up_items(slice_run& s, thread_scratch& t) const;
+  void gate_up_items(slice_run& s, thread_scratch& t, int thread) const;
   void quantize_blocks(slice_run& s, thread_scratch& t) const;
   void down_group(slice_run& s, std::size_t first_panel, std::size_t next_panel, thread_scratch& t) const;
   void add_slices(thread_pool& pool);
@@ -216,17 +216,18 @@ void layer_run::prepare(int threads) {
   slices_.reserve(e_.slices.size());
   const std::size_t rows = r_.token.size();
   // For large inputs an item re-reads all of `hidden`, which wants few items; for small ones a panel of an expert is a
-  // short stream of its own, and the panels of an item follow one another.
+  // short stream of its own, and the panels of an item follow one another, as do the items of a thread.
   const bool in_cache = rows * block_gemm(k_, e_.slices.front().down).row_bytes() <= 2 * l2_bytes();
+  const int shares = in_cache ? std::max(1, threads / static_cast<int>(e_.slices.size())) : 1;
   group_ = std::max<std::size_t>(1, panels() / (static_cast<std::size_t>(threads) * (in_cache ? 8 : 4)));
   std::size_t row_bytes = 0, c_bytes = 0;
   for (std::size_t i = 0; i < e_.slices.size(); ++i) {
     const expert_slice& s = e_.slices[i];
     slice_run& run = slices_.emplace_back(k_, s);
     run.items = cut_items(blocks_, s.gate_up.panels(), threads);
-    run.up_queue = queue(run.items.size());
+    run.up_queue = queue(run.items.size(), shares);
     run.quantize_queue = queue(blocks_.size());
-    run.down_queue = queue((panels() + group_ - 1) / group_);
+    run.down_queue = queue((panels() + group_ - 1) / group_, shares);
     slice_scratch& memory = scratch_.slices[i];
     memory.hidden.reserve(rows * run.down.row_bytes());
     run.hidden = memory.hidden.as();
@@ -289,14 +290,14 @@ void layer_run::pack_tokens(const slice_run& s, const block& b, thread_scratch& 
     std::copy_n(scratch_.scale.as<float>() + tokens[r] * scales, scales, t.scale.as<float>() + r * scales);
 }
 
-void layer_run::gate_up_items(slice_run& s, thread_scratch& t) const {
+void layer_run::gate_up_items(slice_run& s, thread_scratch& t, int thread) const {
   const packed_weight& w = s.s.gate_up;
   queue& q = s.up_queue;
   const std::size_t columns = e_.shape.act.gated ? panel_columns / 2 : panel_columns, k = s.s.down.layout().k;
   const bool round = a_.hidden_type == dtype::bf16 && in_bf16(e_.format.kind);
   std::size_t packed = blocks_.size();  // the block that t.rows holds
-  for (std::size_t i = q.take(), next; q.has(i); i = next) {
-    next = q.take();
+  for (std::size_t i = q.take(thread), next; q.has(i); i = next) {
+    next = q.take(thread);
     const item& it = s.items[i];
     const block& b = blocks_[it.block];
     if (packed != it.block) pack_tokens(s, b, t);

@@ -3,6 +3,7 @@
 #include <kt/context.h>
 
 #include <atomic>
+#include <cstdint>
 #include <vector>
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -47,22 +48,38 @@ class denormals_are_zero {
 #endif
 };
 
-// Hands out [0, size) in order; each thread may know its next item before it starts the present one.
+// Hands out [0, size): to all threads in order, or to each of `shares` threads its own part in order, whose items
+// follow one another in memory, and the last items of others' when that is done. Each thread may know its next item
+// before it starts the present one.
 class queue {
  public:
-  explicit queue(std::size_t size = 0) : size_(size) {}
-  queue(queue&& other) noexcept : size_(other.size_) {}
-  queue& operator=(queue&& other) noexcept {
-    size_ = other.size_;
-    next_.store(0, std::memory_order_relaxed);
-    return *this;
+  explicit queue(std::size_t size = 0, int shares = 1) : size_(size), left_(static_cast<std::size_t>(shares)) {
+    const std::size_t n = left_.size();
+    for (std::size_t s = 0; s < n; ++s) left_[s].range = joined(size * s / n, size * (s + 1) / n);
   }
-  std::size_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  // An item that `has` denies: nothing is left.
+  std::size_t take(int thread = 0) {
+    const std::size_t own = static_cast<std::size_t>(thread) % left_.size();
+    for (std::size_t i = 0; i < left_.size(); ++i) {
+      std::atomic<std::uint64_t>& range = left_[(own + i) % left_.size()].range;
+      std::uint64_t now = range.load(std::memory_order_relaxed);
+      for (std::size_t begin, end; (begin = now >> 32) < (end = now & 0xffffffff);)
+        if (range.compare_exchange_weak(now, i ? joined(begin, end - 1) : joined(begin + 1, end),
+                                        std::memory_order_relaxed))
+          return i ? end - 1 : begin;
+    }
+    return size_;
+  }
   bool has(std::size_t i) const { return i < size_; }
 
  private:
+  struct alignas(64) part {
+    std::atomic<std::uint64_t> range;
+  };
+  static std::uint64_t joined(std::size_t begin, std::size_t end) { return std::uint64_t{begin} << 32 | end; }
+
   std::size_t size_;
-  std::atomic<std::size_t> next_{0};
+  std::vector<part> left_;
 };
 
 }  // namespace kt

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <thread>
 
+#include "../src/scratch.h"
 #include "check.h"
 #include "weights.h"
 
@@ -28,6 +29,28 @@ void test_thread_pool() {
     for (int t = 0; t < size; ++t) check(count[t * 16] == runs + 1, "each thread takes part in each run");
   }
   for (int i = 0; i < 20; ++i) kt::thread_pool idle(3);
+}
+
+void test_queue() {
+  for (int shares : {1, 2, 3})
+    for (std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{2}, std::size_t{7}, std::size_t{1000}}) {
+      kt::queue alone(size, shares), shared(size, shares);
+      std::vector<std::size_t> order;
+      for (std::size_t i; alone.has(i = alone.take(1));) order.push_back(i);
+      const std::size_t own = 1 % shares, begin = size * own / shares, end = size * (own + 1) / shares;
+      bool right = order.size() == size && !alone.has(alone.take(0));
+      for (std::size_t i = 0; right && i < end - begin; ++i) right = order[i] == begin + i;
+      check(right, "a thread takes its own part of a queue first, in order");
+      if (shares == 2 && begin) check(order[end - begin] == begin - 1, "then the last item of another's");
+      std::vector<int> taken(size);
+      kt::thread_pool pool(3);
+      auto take_all = [&](int thread) {
+        for (std::size_t i; shared.has(i = shared.take(thread));) __atomic_fetch_add(&taken[i], 1, __ATOMIC_RELAXED);
+      };
+      pool.run(take_all);
+      check(std::count(taken.begin(), taken.end(), 1) == static_cast<std::ptrdiff_t>(size),
+            "each item of a queue is taken once");
+    }
 }
 
 // A runtime whose teams have at most two threads.
@@ -146,5 +169,5 @@ void test_probes() {
 
 const std::vector<test> system_tests = {
     {"dispatch", test_dispatch}, {"memory", test_memory}, {"thread pool", test_thread_pool},
-    {"OpenMP", test_openmp},     {"probes", test_probes},
+    {"queue", test_queue},       {"OpenMP", test_openmp}, {"probes", test_probes},
 };
