@@ -10,7 +10,7 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from ktcompile import openmp, ops  # noqa: F401  (openmp first: it loads torch)
+from ktcompile import collector, openmp, ops  # noqa: F401  (openmp first: it loads torch)
 from ktcompile.graph.report import CompileReport, compile_reports
 from ktcompile.models import registration
 from ktcompile.ops import get_num_threads, set_num_threads
@@ -55,7 +55,9 @@ registration.register()
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'ktcompile' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    with collector.paused():
+        module = importlib.import_module(_LAZY[name])
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

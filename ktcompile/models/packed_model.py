@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ktcompile import _native
+from ktcompile import _native, collector
 from ktcompile.graph.experts import ExpertsFacts, describe
 from ktcompile.log import logger
 from ktcompile.machine import machine
@@ -186,8 +187,11 @@ def _bytes_at(address: int, size: int) -> memoryview:
 
 def _read(file: PackedFile, folder: Path, weight_format: str) -> PreTrainedModel:
     header, memory = file.header, file.map()
-    _verify(file, memory, header)
-    model = _without_weights(folder, DTYPES[header["dtype"]])
+    # Beside seconds of imports.
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(_verify, file, memory, header)
+        model = _without_weights(folder, DTYPES[header["dtype"]])
+        verified.result()
     if reader_of(folder) is None:
         hf_experts.configure(model, weight_format)
     facts = {path: _facts(model.get_submodule(path)) for path in header["experts"]}
@@ -212,13 +216,14 @@ def _read(file: PackedFile, folder: Path, weight_format: str) -> PreTrainedModel
 
 
 def _without_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    with collector.paused():
+        from transformers import AutoModelForCausalLM
 
-    config = streaming.without_quantization(folder)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, experts_implementation=hf_experts.NAME
-        )
+        config = streaming.without_quantization(folder)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, experts_implementation=hf_experts.NAME
+            )
     return model
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ktcompile import collector
+
 
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a model. FileNotFoundError: its files cannot be found or read."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name)
+        with collector.paused():
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise FileNotFoundError(f"cannot load the model {name}: {error}") from error
 
