@@ -22,8 +22,7 @@ class watch {
     for (const watched& s : seen_) {
       if (s.position >= arguments.size()) return false;
       const nb::handle tensor = arguments[s.position];
-      const PyObject* seen = PyWeakref_GetObject(s.reference.ptr());
-      if (seen == Py_None || seen != tensor.ptr()) return false;  // None: it is gone
+      if (!refers_to(s.reference, tensor)) return false;
       if (integer(attribute_of(tensor, version())) != s.version) return false;
       const nb::object storage = attribute_of(result_of(tensor, untyped_storage()), cdata());
       if (static_cast<std::uintptr_t>(integer(storage)) != s.storage) return false;
@@ -38,6 +37,17 @@ class watch {
     std::int64_t version;
     std::uintptr_t storage;
   };
+  // Whether a weak reference is one to an object that is alive.
+  static bool refers_to(nb::handle reference, nb::handle object) {
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    if (PyWeakref_GetRef(reference.ptr(), &found) < 0) nb::raise_python_error();
+    return nb::steal(found).is(object);
+#else
+    const PyObject* found = PyWeakref_GetObject(reference.ptr());
+    return found != Py_None && found == object.ptr();  // None: it is gone
+#endif
+  }
   static PyObject* version() {
     static PyObject* const name = PyUnicode_InternFromString("_version");
     return name;
