@@ -15,6 +15,7 @@ struct dot {
   // Products of codes of four bits, 0 to 15 less a zero point, with signed ones. `sums` holds those of 32 k. A row
   // brings the sums of its codes of even and of odd k, negative, times which the zero points are added at first.
   static constexpr int int4_loads(int rows) { return rows <= 2 ? 2 : 1; }
+  static constexpr int int4_rows = 6;
   static i32 low_codes(const char* p) { return _mm256_and_si256(load(p), _mm256_set1_epi8(15)); }
   static i32 high_codes(const char* p) { return _mm256_and_si256(_mm256_srli_epi16(load(p), 4), _mm256_set1_epi8(15)); }
   using sums = __m256i;
@@ -27,6 +28,7 @@ struct dot {
   static i32 add(i32 acc, i32 x, weights w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
   static sums add_int4(sums acc, i32 x, i32 codes) { return _mm256_dpbusd_avx_epi32(acc, codes, x); }
   static i32 total(sums acc) { return acc; }
+  static constexpr bool sums_last = true;
   static std::uint32_t int4_sum(int even, int odd) { return static_cast<std::uint32_t>(-even - odd); }
   static sums int4_start(i32 row) { return _mm256_slli_epi32(row, 3); }
   static sums int4_start(i32 row, const char* zeros) { return _mm256_mullo_epi32(row, zero_points(zeros)); }
@@ -44,6 +46,7 @@ struct dot {
   // Sixteen bits, which hold the 16 * 15 * 127 of even or odd k, and on the way there may wrap.
   static sums add_int4(sums acc, i32 x, i32 codes) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(codes, x)); }
   static i32 total(sums acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  static constexpr bool sums_last = false;
   static std::uint32_t int4_sum(int even, int odd) {
     return (static_cast<std::uint32_t>(-even) & 0xffffu) | static_cast<std::uint32_t>(-odd) << 16;
   }

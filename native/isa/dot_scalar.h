@@ -26,6 +26,7 @@ struct dot {
   // Products of codes of four bits, 0 to 15 less a zero point, with signed ones. `sums` holds those of 32 k. A row
   // brings the sums of its codes of even and of odd k, negative, times which the zero points are added at first.
   static constexpr int int4_loads(int) { return 1; }
+  static constexpr int int4_rows = 4;
   static weights low_codes(const char* p) { return prepare(p) & 0x0f0f0f0fu; }
   static weights high_codes(const char* p) { return prepare(p) >> 4 & 0x0f0f0f0fu; }
   using sums = std::int32_t;
@@ -35,6 +36,7 @@ struct dot {
     return acc;
   }
   static i32 total(sums acc) { return acc; }
+  static constexpr bool sums_last = true;
   static std::uint32_t int4_sum(int even, int odd) { return static_cast<std::uint32_t>(-even - odd); }
   static sums int4_start(i32 row) { return 8 * row; }
   static sums int4_start(i32 row, const char* zero) { return row * *zero; }
