@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("_native",),
-    ("env", "log", "openmp", "owned_folder"),
+    ("collector", "env", "log", "openmp", "owned_folder"),
     ("machine",),
     ("quant",),
     ("config",),

@@ -73,6 +73,7 @@ class block_gemm {
     const panel_layout& l = w_.layout();
     const std::size_t step = chunk(rows), most = at_once(rows);
     const bool one_step = rows == 1 && near_, streams = rows <= stream_rows_;
+    const std::size_t ahead = one_step ? near_ : streams ? distance_alone_ : distance_;
     for (std::size_t begin = first; begin < last; begin += most) {
       const std::size_t end = std::min(begin + most, last);
       const char* after = end < last ? w_.panel(expert, end) : following;
@@ -85,10 +86,7 @@ class block_gemm {
                              : k_end < l.k   ? w_.panel(expert, begin) + l.code_offset(k_end)
                                              : after;
           gemm_({w_.panel(expert, p), static_cast<int>(count), &l, rows_packed, static_cast<int>(rows), k, k_end,
-                 c + (p - begin) * rows * panel_columns, row_scale, streams ? nullptr : next,
-                 one_step  ? near_
-                 : streams ? distance_alone_
-                           : distance_,
+                 c + (p - begin) * rows * panel_columns, row_scale, streams ? nullptr : next, ahead,
                  streams ? next : nullptr, one_step ? 0 : near_, widen_});
         }
       }

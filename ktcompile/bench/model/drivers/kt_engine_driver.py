@@ -23,8 +23,7 @@ def load(request: dict[str, Any]) -> KtEngine:
     """Return the engine for a request.
 
     model: a folder. length: of a prompt with its answer, at most. kv: options of its blocks and tiers, by their names.
-    Without them it has no prefix cache. variant: as `formats_of` takes it. requests: the most
-    at a time. threads.
+    Without them it has no prefix cache. variant: as `formats_of` takes it. requests: the most at a time. threads.
     """
     if "kv" not in request:
         return KtEngine(_without_cache(**request))
@@ -37,7 +36,7 @@ def load(request: dict[str, Any]) -> KtEngine:
 def _without_cache(model: str, variant: str, threads: int, requests: int, length: int, **rest: Any) -> Engine:
     torch.set_num_threads(threads)
     formats = formats_of(variant)
-    loaded = ktcompile.load(model, weight_format=formats.get("weight_format", "auto"), packed_cache=None)
+    loaded = ktcompile.load(model, weight_format=formats["weight_format"], packed_cache=None)
     options = EngineOptions(
         max_num_seqs=requests,
         max_model_len=length,
