@@ -20,8 +20,8 @@ _EXAMPLES = """\
 contenders:
   kt[:FORMAT[+FORMAT[+FORMAT]]]
                             torch.compile(model, backend="kt"); weight formats of experts, linear layers and the head
+  kt-engine[:...]           likewise the engine of `ktc serve`, stepped by hand as vllm is, without its prefix cache
   kt-eager[:FORMAT]         ktcompile.load(model), without a compiler
-  kt-engine                 likewise the engine of `ktc serve`, stepped by hand as vllm is, without its prefix cache
   transformers[:IMPL]       as it comes; its experts implementation: grouped_mm, batched_mm, eager
   inductor                  torch.compile(model)
   zentorch                  torch.compile(model, backend="zentorch")
