@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.engines import engine_of as plain_engine_of
-from helpers.engines import memory_of, push_out, run_all, tiny
+from helpers.engines import memory_of, push_out, run_all, settle, tiny
 from helpers.prefixes import GREEDY, PROMPT, SIZE, same
 from helpers.servers import call, running
 from helpers.text_model import build_model
-from helpers.tiered_engine import FOUND, HOST, ask, engine_of, load_everything, settle, tiers_of
+from helpers.tiered_engine import FOUND, HOST, ask, engine_of, load_everything, tiers_of
 
 from ktcompile.engine import namespace
 
@@ -56,7 +56,7 @@ def test_forty_greedy_answers_are_the_same_with_hits_of_every_tier(kv_format: st
             for i in range(begin, begin + 8):
                 engine.engine.add(str(i), given[i], GREEDY)
             answers = run_all(engine.engine)
-            settle(engine)
+            settle(engine.engine)
             for i in range(begin, begin + 8):
                 wanted, logits = cold[i]
                 assert answers[str(i), 0] == wanted and same(engine.logits[f"{i}/0"], logits), f"{which}: answer {i}"

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import SMALL, byte_level_tokenizer, memory_of, prompts, push_out, run_all, tiny
+from helpers.engines import SMALL, byte_level_tokenizer, memory_of, prompts, push_out, run_all, settle, tiny
 from helpers.prefixes import GREEDY, LENGTH, PROMPT, SIZE, Watched, same
 from helpers.text_model import build_model
-from helpers.tiered_engine import FOUND, HOST, ask, engine_of, load_everything, settle, tiers_of
+from helpers.tiered_engine import FOUND, HOST, ask, engine_of, load_everything, tiers_of
 
 from ktcompile.cache.rates import Rates
 from ktcompile.engine.engine import Engine
@@ -85,7 +85,7 @@ def check_preemption(engine: Watched, cold: Any, of_cold: Any) -> None:
         answers = run_all(engine.engine, limit=20_000)
         assert answers["2", 0] == answers["7", 0] == cold
         assert same(engine.logits["2/0"], of_cold)
-        settle(engine)
+        settle(engine.engine)
     assert engine.engine.stats().num_preemptions > 0
     assert engine.engine.tier_counters()["promoted_host"] > 0
     engine.engine.close()
@@ -215,7 +215,7 @@ def test_a_request_that_is_loading_may_be_aborted(model: Any, monkeypatch: pytes
     engine.engine.abort("0")
     (delta,) = engine.engine.step()
     assert delta.finish_reason == "abort" and delta.receipt is None
-    settle(engine)
+    settle(engine.engine)
     assert not engine.engine.has_requests
     engine.engine.close()
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 
-from helpers.engines import SMALL, byte_level_tokenizer, run_all
+from helpers.engines import SMALL, byte_level_tokenizer, run_all, settle
 from helpers.prefixes import GREEDY, PROMPT, SIZE, Watched
 from ktcompile.cache.rates import Rates
 from ktcompile.engine.engine import Engine
@@ -30,15 +29,6 @@ def engine_of(model: Any, **options: Any) -> Watched:
     return Watched(Engine.of_model(model, byte_level_tokenizer(), record, weights="the same"))
 
 
-def settle(engine: Watched) -> None:
-    """Wait until what was to be kept is."""
-    for _ in range(6000):
-        if engine.engine.stats().num_free_blocks == engine.engine.stats().num_blocks:
-            return
-        time.sleep(0.01)
-    raise AssertionError("blocks are held for ever")
-
-
 def ask(engine: Watched, prompt: list[int], params: SamplingParams = GREEDY, salt: str = "") -> tuple[Any, Receipt]:
     """Return a request's answer and receipt."""
     engine.logits.clear()
@@ -56,7 +46,7 @@ def ask(engine: Watched, prompt: list[int], params: SamplingParams = GREEDY, sal
     engine.engine.step = step  # type: ignore[method-assign]
     (receipt,) = receipts
     assert receipt.prompt_tokens == len(prompt)
-    settle(engine)
+    settle(engine.engine)
     return answer, receipt
 
 
